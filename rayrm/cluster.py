@@ -1,0 +1,64 @@
+"""Ray, as a job finds it: a cluster that runs, or one that the job starts for itself."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Any
+
+from rayrm.errors import ResourceError
+
+log = logging.getLogger("rayrm")
+
+
+def connect() -> None:
+    """Join the cluster of `RAY_ADDRESS` or of this machine, or start a local one that ends with this process."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    ray.init(
+        log_to_driver=True,
+        include_dashboard=False if not os.environ.get("RAY_ADDRESS") else None,
+        logging_level=logging.WARNING,
+    )
+    from ray.data import DataContext
+
+    DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def require(num_workers: int, num_cpus: float, num_gpus: float, what: str) -> None:
+    """Raise ResourceError when the cluster, as it may grow, can never place `num_workers` such bundles.
+
+    On a cluster that autoscales, the node types that the autoscaler may add count beside the nodes that are there.
+    """
+    connect()
+    import ray
+
+    nodes = [(node["Resources"], 1) for node in ray.nodes() if node["Alive"]]
+    nodes += _autoscaler_nodes()
+    places = sum(count * _fits(resources, num_cpus, num_gpus) for resources, count in nodes)
+    if places >= num_workers:
+        return
+    largest = [f"{r.get('CPU', 0):g} CPUs and {r.get('GPU', 0):g} GPUs" for r, _ in nodes]
+    raise ResourceError(
+        f"{what} asks for {num_workers} × ({num_cpus:g} CPUs, {num_gpus:g} GPUs), and the cluster can place "
+        f"{places:g} of them at the most (nodes: {', '.join(largest)}); ask for less, or add nodes."
+    )
+
+
+def _fits(resources: dict[str, Any], num_cpus: float, num_gpus: float) -> int:
+    wanted = {"CPU": num_cpus, "GPU": num_gpus}
+    return min((int(resources.get(kind, 0) // num) for kind, num in wanted.items() if num), default=1 << 30)
+
+
+def _autoscaler_nodes() -> list[tuple[dict[str, Any], int]]:
+    from ray._private.state import state
+
+    config = state.get_cluster_config()
+    if config is None:
+        return []
+    return [(dict(group.resources), group.max_count) for group in config.node_group_configs if group.max_count]

@@ -1,0 +1,222 @@
+"""Typed configs, filled from YAML files and `dotted.field=value` words."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticUndefined
+
+from rayrm.errors import ConfigError, RayRMError
+
+NOT_IDENTITY = {"identity": False}
+"""`json_schema_extra` of a field that changes how work is done, but not what comes out."""
+
+
+class Config(BaseModel):
+    """A frozen value without unknown keys; field docstrings are its help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+class Workers(Config):
+    """How many actors run a model stage, and what each of them reserves."""
+
+    num_workers: int = Field(1, ge=1)
+    """Actors at the least; the stage starts with this many."""
+    max_workers: int | None = Field(None, ge=1)
+    """Actors at the most when rows queue up; left out, the pool has a fixed size."""
+    num_cpus: float = Field(1, ge=0)
+    """Logical CPUs that each actor reserves."""
+    num_gpus: float = Field(0, ge=0)
+    """GPUs that each actor reserves."""
+
+    def pool(self) -> dict[str, Any]:
+        """Arguments of `Dataset.map_batches` for an actor pool of this size."""
+        from ray.data import ActorPoolStrategy
+
+        strategy = ActorPoolStrategy(
+            min_size=self.num_workers,
+            max_size=max(self.num_workers, self.max_workers or 0),
+            max_tasks_in_flight_per_actor=2,
+        )
+        return {"compute": strategy, "num_cpus": self.num_cpus, "num_gpus": self.num_gpus or None}
+
+
+def identity(config: BaseModel) -> dict[str, Any]:
+    """The fields that decide what comes out, without those marked `NOT_IDENTITY`, ready for JSON."""
+    values: dict[str, Any] = {}
+    for name, field in type(config).model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("identity") is False:
+            continue
+        value = getattr(config, name)
+        values[name] = _plain(value)
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return identity(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def load_config(cls: type[ConfigT], path: str | Path | None = None, overrides: Sequence[str] = ()) -> ConfigT:
+    """Build `cls` from a YAML file and `dotted.field=value` words, later words winning.
+
+    A value is read as YAML (`a=1`, `a=[x,y]`, `a=null`). Raises ConfigError.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        values = _read_yaml(path)
+    for word in overrides:
+        key, _, text = word.partition("=")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"The value in '{word}' is not YAML: {error}.") from error
+        _put(values, key, value)
+    return build_config(cls, values, where=str(path) if path else "the command line")
+
+
+def build_config(cls: type[ConfigT], values: dict[str, Any], where: str) -> ConfigT:
+    """Validate plain values as `cls`. Raises ConfigError with one sentence a fault."""
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        faults = " ".join(_sentence(fault, cls) for fault in error.errors())
+        raise ConfigError(f"{cls.__name__} from {where}: {faults}") from error
+
+
+def _sentence(fault: Any, cls: type[BaseModel]) -> str:
+    field = ".".join(str(part) for part in fault["loc"]) or "the config"
+    found = fault["input"]
+    if fault["type"] == "missing":
+        return f"'{field}' is missing; set {field}=…."
+    if fault["type"] == "extra_forbidden":
+        return f"'{field}' is not a field; `--help` lists the fields of {cls.__name__}."
+    if fault["type"] == "union_tag_invalid":
+        expected = fault["ctx"]["expected_tags"]
+        return f"'{field}.type' is '{fault['ctx']['tag']}', and only {expected} exist."
+    return f"'{field}' is {found!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}."
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"There is no config file at '{path}'.") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"The config file '{path}' cannot be read as YAML: {error}.") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"The config file '{path}' holds a {type(values).__name__}, where a mapping is needed.")
+    return values
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        nested = values.setdefault(parent, {})
+        if not isinstance(nested, dict):
+            raise ConfigError(f"'{key}' reaches into '{parent}', which is {nested!r} and has no fields.")
+        values = nested
+    values[last] = value
+
+
+def parse_args(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
+    """`[config.yaml] field=value …` as a `cls`; `--help` prints its fields and exits. Raises ConfigError."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if any(word in ("-h", "--help") for word in words):
+        print(describe(cls))
+        raise SystemExit(0)
+    files = [word for word in words if "=" not in word]
+    if len(files) > 1:
+        raise ConfigError(f"Give at most one config file and words 'field=value'; found {' '.join(files)}.")
+    return load_config(cls, files[0] if files else None, [word for word in words if "=" in word])
+
+
+def describe(cls: type[BaseModel]) -> str:
+    """The help text of a job's config: a line for each field with its type, default and docstring."""
+    lines = ["usage: python -m jobs.<name> [config.yaml] [field=value …]", "", (cls.__doc__ or "").strip(), ""]
+    lines += _describe_fields(cls, "")
+    return "\n".join(lines)
+
+
+def _describe_fields(cls: type[BaseModel], prefix: str) -> list[str]:
+    lines = []
+    for name, field in cls.model_fields.items():
+        nested = [t for t in _members(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
+        text = " ".join((field.description or "").split())
+        if nested and not _is_container(field.annotation):
+            for variant in nested:
+                tag = f" (type={_tag(variant)})" if len(nested) > 1 else ""
+                about = text or " ".join((variant.__doc__ or "").split())
+                lines += [f"  {prefix}{name}.*{tag}  {about}", *_describe_fields(variant, f"{prefix}{name}.")]
+            continue
+        required = field.default is PydanticUndefined and field.default_factory is None
+        default = "required" if required else f"default {field.get_default(call_default_factory=True)!r}"
+        lines.append(f"  {prefix}{name}: {_type_name(field.annotation)}  [{default}]  {text}")
+    return lines
+
+
+def _members(annotation: Any) -> list[Any]:
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _members(typing.get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
+        return [member for part in typing.get_args(annotation) for member in _members(part)]
+    return [annotation]
+
+
+def _is_container(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (list, dict, tuple)
+
+
+def _tag(cls: type[BaseModel]) -> str:
+    return str(cls.model_fields["type"].default) if "type" in cls.model_fields else cls.__name__
+
+
+def _type_name(annotation: Any) -> str:
+    if isinstance(annotation, type) and not typing.get_args(annotation):
+        return annotation.__name__
+    if typing.get_origin(annotation) is typing.Literal:
+        return "|".join(str(value) for value in typing.get_args(annotation))
+    return str(annotation).replace("typing.", "").replace("NoneType", "null").replace("None", "null")
+
+
+def run_job(main: Callable[[], object]) -> None:
+    """Run a job's `main`; an error that the user can act on is one sentence and exit code 1."""
+    load_env()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    for noisy in ("httpx", "urllib3", "filelock", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        main()
+    except RayRMError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def load_env() -> None:
+    """Read secrets from a `.env` file of the working folder; what the environment already holds wins."""
+    if os.path.exists(".env"):
+        from dotenv import load_dotenv
+
+        load_dotenv(".env", override=False)

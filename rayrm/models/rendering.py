@@ -1,0 +1,143 @@
+"""One renderer from messages to token ids, shared by training, sampling, scoring and serving.
+
+With a chat template, a prompt is the template with its generation header, and a conversation ends with the token
+that ends the assistant's turn; white space that a template writes behind it is cut, so the last token is always the
+same. With `chat_template: none`, the contents are joined by line feeds, one space stands before the completion, and
+the tokenizer's end-of-sequence token behind it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rayrm.errors import CheckpointError, ConfigError
+from rayrm.rows import Message
+
+NO_TEMPLATE = "none"
+
+
+class Rendered(NamedTuple):
+    """Token ids of a prompt with a completion."""
+
+    ids: list[int]
+    num_prompt: int
+    """How many of the ids are the prompt's, its generation header included."""
+    status: str
+    """`ok`, `truncated` (tokens were cut from the prompt's left) or `overlength` (the completion alone is too long)."""
+
+
+def load_template(name: str | None, tokenizer: Any, where: str) -> str | None:
+    """The Jinja text of a chat template; None for `none`.
+
+    `name` is a template of this package, a `.jinja` file, `none`, or null for the tokenizer's own. Raises ConfigError
+    for a name that is nowhere, and CheckpointError when the tokenizer at `where` has no template of its own.
+    """
+    if name == NO_TEMPLATE:
+        return None
+    if name is None:
+        if tokenizer.chat_template is None:
+            raise CheckpointError(
+                f"The tokenizer at '{where}' has no chat template; set chat_template to a name, a .jinja file, or 'none'."
+            )
+        return str(tokenizer.chat_template)
+    packaged = resources.files("rayrm") / "templates" / f"{name}.jinja"
+    if packaged.is_file():
+        return packaged.read_text(encoding="utf-8")
+    if Path(name).is_file():
+        return Path(name).read_text(encoding="utf-8")
+    known = sorted(p.name.removesuffix(".jinja") for p in (resources.files("rayrm") / "templates").iterdir())
+    raise ConfigError(f"chat_template '{name}' is no file and none of {', '.join(known)}, none.")
+
+
+class Renderer:
+    """Messages → token ids for one tokenizer and one template.
+
+    `max_length` bounds prompt and completion together, in tokens; None for no bound.
+    """
+
+    def __init__(self, tokenizer: Any, template: str | None, max_length: int | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.max_length = max_length
+        self.bos = tokenizer.bos_token_id if _adds_bos(tokenizer) else None
+
+    def prompt_text(self, prompt: Sequence[Message]) -> str:
+        """The text that a policy continues."""
+        if self.template is None:
+            return "\n".join(message["content"] for message in prompt)
+        return str(self._apply(list(prompt), add_generation_prompt=True))
+
+    def completion_text(self, prompt: Sequence[Message], completion: str) -> str:
+        """What stands behind `prompt_text` in a whole conversation, end token included.
+
+        Raises ConfigError when the template renders the prompt differently once an answer follows.
+        """
+        if self.template is None:
+            return f" {completion}{self.tokenizer.eos_token}"
+        answer: Message = {"role": "assistant", "content": completion}
+        head, whole = self.prompt_text(prompt), self._apply([*prompt, answer], add_generation_prompt=False)
+        if not whole.startswith(head):
+            raise ConfigError("The chat template changes the prompt when an answer follows; it cannot be scored.")
+        return str(whole[len(head) :]).rstrip()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of rendered text, with exactly one BOS where the tokenizer has one."""
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if self.bos is not None and (not ids or ids[0] != self.bos):
+            ids.insert(0, self.bos)
+        return ids
+
+    def prompt_ids(self, prompt: Sequence[Message]) -> list[int]:
+        """Token ids that a policy continues."""
+        return self.encode(self.prompt_text(prompt))
+
+    def pair_ids(self, prompt: Sequence[Message], completion: str) -> Rendered:
+        """Token ids of a prompt with a completion; prompt and completion are tokenized apart.
+
+        The prompt's ids are the same for every completion, so that candidates can share them.
+        """
+        head = self.prompt_ids(prompt)
+        tail = self.tokenizer(self.completion_text(prompt, completion), add_special_tokens=False)["input_ids"]
+        return self.join_ids(head, list(tail))
+
+    def join_ids(self, head: list[int], tail: list[int]) -> Rendered:
+        """Prompt and completion ids within `max_length`, cut at the prompt's left."""
+        excess = len(head) + len(tail) - self.max_length if self.max_length is not None else 0
+        if excess <= 0:
+            return Rendered(head + tail, len(head), "ok")
+        first = 1 if self.bos is not None else 0
+        if excess > len(head) - first:
+            return Rendered([], 0, "overlength")
+        head = head[:first] + head[first + excess :]
+        return Rendered(head + tail, len(head), "truncated")
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be equal for two renderers to read the same reward from the same text."""
+        template = hashlib.blake2b((self.template or NO_TEMPLATE).encode(), digest_size=8).hexdigest()
+        return {
+            "template": template,
+            "bos_token_id": self.bos,
+            "eos_token_id": self.tokenizer.eos_token_id,
+            "max_length": self.max_length,
+            "truncation": "prompt_left",
+            "pooling": "last_attended",
+        }
+
+    def _apply(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        )
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id

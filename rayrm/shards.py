@@ -1,0 +1,97 @@
+"""Rows on disk: parquet and JSONL files cut into shards by position, so that the same input gives the same shards."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.json as pj
+import pyarrow.parquet as pq
+
+from rayrm import files
+from rayrm.errors import ConfigError, SchemaError
+
+
+class Shard(NamedTuple):
+    """Rows `start` (included) to `stop` (not included) of one file."""
+
+    path: str
+    start: int
+    stop: int
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows the shard has."""
+        return self.stop - self.start
+
+
+def list_files(path: str) -> list[str]:
+    """The parquet and JSONL files at `path`, sorted by name. Raises ConfigError when there are none."""
+    fs, inner = files.filesystem(path)
+    if not fs.exists(inner):
+        raise ConfigError(f"There is nothing at '{path}'; give a parquet or JSONL file, or a folder of them.")
+    names = sorted(fs.find(inner)) if fs.isdir(inner) else [inner]
+    found = [name for name in names if name.endswith((".parquet", ".jsonl")) and "/." not in name]
+    if not found:
+        raise ConfigError(f"'{path}' holds no .parquet or .jsonl file.")
+    return [fs.unstrip_protocol(name) if "file" not in fs.protocol else name for name in found]
+
+
+def list_shards(path: str, shard_rows: int) -> list[Shard]:
+    """Cut every file at `path` into shards of at most `shard_rows` rows; files without rows give none."""
+    shards = []
+    for name in list_files(path):
+        num_rows = _count(name)
+        shards += [Shard(name, i, min(i + shard_rows, num_rows)) for i in range(0, num_rows, shard_rows)]
+    return shards
+
+
+def read_shard(shard: Shard, limit: int | None = None) -> pa.Table:
+    """The rows of a shard, or the first `limit` of them."""
+    stop = shard.stop if limit is None else min(shard.stop, shard.start + limit)
+    if shard.path.endswith(".jsonl"):
+        return _read_jsonl(shard.path).slice(shard.start, stop - shard.start)
+    fs, inner = files.filesystem(shard.path)
+    with fs.open(inner, "rb") as handle:
+        file = pq.ParquetFile(handle)
+        groups, first, seen = [], 0, 0
+        for index in range(file.num_row_groups):
+            size = file.metadata.row_group(index).num_rows
+            if seen < stop and seen + size > shard.start:
+                first = seen if not groups else first
+                groups.append(index)
+            seen += size
+        table = file.read_row_groups(groups) if groups else file.schema_arrow.empty_table()
+    return table.slice(shard.start - first, max(0, stop - shard.start)).replace_schema_metadata(None)
+
+
+def read_table(path: str, columns: list[str] | None = None) -> pa.Table:
+    """All rows at `path` as one table, in file order; `columns` selects those that are there."""
+    tables = [read_shard(shard) for shard in list_shards(path, 1 << 62)]
+    if not tables:
+        return read_shard(Shard(list_files(path)[0], 0, 0))
+    if columns is not None:
+        tables = [table.select([c for c in columns if c in table.column_names]) for table in tables]
+    return pa.concat_tables(tables, promote_options="permissive")
+
+
+def _count(name: str) -> int:
+    if name.endswith(".jsonl"):
+        return int(_read_jsonl(name).num_rows)
+    fs, inner = files.filesystem(name)
+    return int(_read(name, lambda: pq.read_metadata(fs.open(inner, "rb"))).num_rows)
+
+
+def _read_jsonl(name: str) -> pa.Table:
+    fs, inner = files.filesystem(name)
+    if not fs.size(inner):
+        return pa.table({})
+    return _read(name, lambda: pj.read_json(fs.open(inner, "rb"), pj.ReadOptions(block_size=1 << 26)))
+
+
+def _read(name: str, read: Any) -> Any:
+    try:
+        return read()
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise SchemaError(f"'{name}' cannot be read as {name.rsplit('.', 1)[-1]}: {reason}.") from error

@@ -1,0 +1,1 @@
+"""Foreign data → our rows; the only place where foreign column names appear."""

@@ -1,0 +1,138 @@
+"""Start a training loop on Ray Train workers, with DeepSpeed's settings for them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from rayrm import cluster, files
+from rayrm.config import Config
+from rayrm.errors import CheckpointError
+
+log = logging.getLogger("rayrm")
+STATE = "state"
+MODEL = "model"
+MARK = f"{MODEL}/{files.CHECKPOINT_MARK}"
+"""Where the completion mark of a checkpoint lies below a training run's output."""
+
+
+class TrainingWorkers(Config):
+    """The processes that train together, and what each of them reserves."""
+
+    num_workers: int = Field(1, ge=1)
+    """Training processes; the global batch is the same for any number of them."""
+    num_cpus: float = Field(1, gt=0)
+    """Logical CPUs that each process reserves."""
+    num_gpus: float = Field(0, ge=0)
+    """GPUs that each process reserves: 1, or 0 to train on the CPU."""
+    max_failures: int = Field(3, ge=0)
+    """How often the group is started again from its last state after a process or node died."""
+
+
+class Parallelism(Config):
+    """How DeepSpeed shares the work of one step."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What ZeRO partitions: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too."""
+    offload_optimizer: bool = False
+    """Keep optimizer states in the host's memory."""
+    offload_parameters: bool = False
+    """Keep parameters in the host's memory (ZeRO-3)."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Number format of the forward and backward pass; auto is bf16 on GPUs and fp32 on CPUs."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+
+    def uses_bf16(self, num_gpus: float) -> bool:
+        """Whether these settings mean bf16 for workers with `num_gpus` GPUs each."""
+        return self.precision == "bf16" or (self.precision == "auto" and num_gpus > 0)
+
+
+def deepspeed_config(
+    parallelism: Parallelism, micro_batch_size: int, accumulation_steps: int, bf16: bool, max_grad_norm: float
+) -> dict[str, Any]:
+    """DeepSpeed's own config for these settings. `micro_batch_size` is rows a worker and forward pass."""
+    zero: dict[str, Any] = {"stage": parallelism.zero_stage}
+    if parallelism.zero_stage:
+        zero |= {"overlap_comm": False, "contiguous_gradients": True, "reduce_bucket_size": 50_000_000}
+    if parallelism.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if parallelism.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    if parallelism.zero_stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": max_grad_norm,
+        "zero_optimization": zero,
+        "bf16": {"enabled": bf16},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 30,
+        "wall_clock_breakdown": False,
+    }
+
+
+def launch(
+    loop: Callable[[dict[str, Any]], None],
+    loop_config: dict[str, Any],
+    output: str,
+    workers: TrainingWorkers,
+    what: str,
+) -> dict[str, Any]:
+    """Run `loop(loop_config)` on all workers and return what rank 0 reported last.
+
+    States are reported to `<output>/state/step-N`; a run that is started again finds the last one through
+    `ray.train.get_checkpoint()`. Raises CheckpointError with the worker's own words when training fails for good,
+    and ResourceError when the cluster can never hold the workers.
+    """
+    cluster.require(workers.num_workers, workers.num_cpus, workers.num_gpus, what)
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    resources = {"CPU": workers.num_cpus, "GPU": workers.num_gpus}
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config=loop_config,
+        torch_config=TorchConfig(backend="nccl" if workers.num_gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers.num_workers,
+            use_gpu=workers.num_gpus > 0,
+            resources_per_worker={kind: num for kind, num in resources.items() if num},
+        ),
+        run_config=RunConfig(
+            name=STATE,
+            storage_path=output if "://" in output else str(Path(output).absolute()),
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except TrainingFailedError as error:
+        raise CheckpointError(f"Training into '{output}' failed: {_root_cause(error)}") from error
+    return dict(result.metrics or {})
+
+
+def _root_cause(error: BaseException) -> str:
+    failures = getattr(error, "worker_failures", None) or {}
+    first = next(iter(failures.values()), error)
+    while first.__cause__ is not None:
+        first = first.__cause__
+    return f"{type(first).__name__}: {first}"
+
+
+def prepare_worker(num_cpus: float, use_gpu: bool) -> None:
+    """Settings that a training process needs before torch or DeepSpeed look for them."""
+    if not use_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+
+    if not use_gpu:
+        torch.set_num_threads(max(1, int(num_cpus)))
