@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import sys
 from typing import Any
 
 from rayrm.errors import ResourceError
@@ -15,18 +13,12 @@ log = logging.getLogger("rayrm")
 def connect() -> None:
     """Join the cluster of `RAY_ADDRESS` or of this machine, or start a local one that ends with this process."""
     import ray
-
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    ray.init(
-        log_to_driver=True,
-        include_dashboard=False if not os.environ.get("RAY_ADDRESS") else None,
-        logging_level=logging.WARNING,
-    )
     from ray.data import DataContext
 
-    DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
+    if not ray.is_initialized():
+        ray.init(log_to_driver=True, logging_level=logging.WARNING)
+    # Jobs show their own progress, by committed rows.
+    DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 

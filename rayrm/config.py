@@ -110,6 +110,8 @@ def _sentence(fault: Any, cls: type[BaseModel]) -> str:
         return f"'{field}' is missing; set {field}=…."
     if fault["type"] == "extra_forbidden":
         return f"'{field}' is not a field; `--help` lists the fields of {cls.__name__}."
+    if fault["type"] == "union_tag_not_found":
+        return f"'{field}.type' is missing; `--help` lists the types."
     if fault["type"] == "union_tag_invalid":
         expected = fault["ctx"]["expected_tags"]
         return f"'{field}.type' is '{fault['ctx']['tag']}', and only {expected} exist."

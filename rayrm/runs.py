@@ -160,9 +160,8 @@ def transform_rows(
     reads.check(read_shard(shards[0], limit=1).schema, f"'{config.input}'")
     if start_run(config):
         missing = [i for i in range(len(shards)) if not files.exists(shard_path(config.output, i, len(shards)))]
-        done_rows = sum(s.num_rows for s in shards) - sum(shards[i].num_rows for i in missing)
         if missing:
-            _run_shards(config.output, [(i, shards[i]) for i in missing], len(shards), reads, writes, stage, done_rows)
+            _run_shards(config.output, shards, missing, stage, reads, writes)
         counts = read_counts(config.output, len(shards))
         _check_failures(counts, max_failed_fraction, config.output)
         facts = {"counts": counts, **(summarise(config.output) if summarise else {})}
@@ -174,33 +173,30 @@ def transform_rows(
 
 def _run_shards(
     output: str,
-    todo: list[tuple[int, Shard]],
-    total: int,
+    shards: list[Shard],
+    missing: list[int],
+    stage: Callable[[Dataset], Dataset],
     reads: RowType,
     writes: RowType,
-    stage: Callable[[Dataset], Dataset],
-    done_rows: int,
 ) -> None:
     cluster.connect()
     from ray.data import DataContext, from_blocks
 
     context = DataContext.get_current()
-    context.enable_progress_bars = False
     context.target_max_block_size = None
-    descriptors = [_descriptor(index, shard) for index, shard in todo]
-    read = {"reads": reads, "output": output, "total": total}
+    descriptors = [_descriptor(index, shards[index]) for index in missing]
+    read = {"reads": reads, "output": output, "total": len(shards)}
     rows = from_blocks(descriptors).map_batches(_read_block, fn_kwargs=read, batch_format="pyarrow", batch_size=None)
-    commit = {"output": output, "writes": writes, "total": total, "sizes": {i: s.num_rows for i, s in todo}}
+    commit = {"output": output, "writes": writes, "total": len(shards), "sizes": [s.num_rows for s in shards]}
     # No CPU, so that a finished shard is committed while the actors hold every CPU.
     committed = stage(rows).map_batches(
         _commit_block, fn_kwargs=commit, batch_format="pyarrow", batch_size=None, num_cpus=0, concurrency=1
     )
     from tqdm import tqdm
 
-    num_rows = done_rows + sum(shard.num_rows for _, shard in todo)
-    with tqdm(
-        total=num_rows, initial=done_rows, unit="row", desc=output, disable=not sys.stderr.isatty(), smoothing=0.1
-    ) as bar:
+    total = sum(shard.num_rows for shard in shards)
+    done = total - sum(shards[index].num_rows for index in missing)
+    with tqdm(total=total, initial=done, unit="row", desc=output, disable=not sys.stderr.isatty()) as bar:
         for row in committed.iter_rows():
             bar.update(row["num_rows"])
 
@@ -219,7 +215,7 @@ def _read_block(block: pa.Table, reads: RowType, output: str | None = None, tota
     return pa.concat_tables(tables)
 
 
-def _commit_block(block: pa.Table, output: str, writes: RowType, total: int, sizes: dict[int, int]) -> pa.Table:
+def _commit_block(block: pa.Table, output: str, writes: RowType, total: int, sizes: list[int]) -> pa.Table:
     numbers = pc.unique(block["_shard"]).to_pylist() if block.num_rows else []
     rows = 0
     for number in numbers:

@@ -54,7 +54,8 @@ def read_shard(shard: Shard, limit: int | None = None) -> pa.Table:
     fs, inner = files.filesystem(shard.path)
     with fs.open(inner, "rb") as handle:
         file = pq.ParquetFile(handle)
-        groups, first, seen = [], 0, 0
+        groups: list[int] = []
+        first = seen = 0
         for index in range(file.num_row_groups):
             size = file.metadata.row_group(index).num_rows
             if seen < stop and seen + size > shard.start:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Ray workers import the test modules whose classes the tests send them.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(":")
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
@@ -23,12 +27,21 @@ def shared_data():
 
 @pytest.fixture(scope="session")
 def ray_cluster():
-    """One local Ray with more logical CPUs than cores, for the whole session."""
+    """One local Ray with more logical CPUs than cores, for the whole session; gives its dashboard's address."""
     import ray
 
     from rayrm import cluster
 
-    ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False)
+    context = ray.init(
+        address="local", num_cpus=6, include_dashboard=True, dashboard_port=free_port(), log_to_driver=False
+    )
     cluster.connect()
-    yield
+    yield f"http://{context.dashboard_url}"
     ray.shutdown()
+
+
+def free_port():
+    """A TCP port that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,82 @@
+"""Configs: YAML, overrides, messages."""
+
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field
+
+from rayrm.config import NOT_IDENTITY, Config, describe, identity, load_config, parse_args
+from rayrm.errors import ConfigError
+
+
+class Red(Config):
+    """A red thing."""
+
+    type: Literal["red"] = "red"
+    depth: int = Field(1, ge=0)
+    """How red."""
+
+
+class Blue(Config):
+    """A blue thing."""
+
+    type: Literal["blue"] = "blue"
+
+
+class Paint(Config):
+    """What to paint."""
+
+    output: str = Field("here", json_schema_extra=NOT_IDENTITY)
+    """Where it goes."""
+    colour: Annotated[Red | Blue, Field(discriminator="type")] = Red()
+    """Which colour."""
+    layers: list[int] = [1]
+
+
+def test_words_override_the_file_and_are_read_as_yaml(tmp_path):
+    path = tmp_path / "paint.yaml"
+    path.write_text("colour: {type: red, depth: 3}\nlayers: [1]\n")
+    config = load_config(Paint, path, ["colour.depth=5", "layers=[2, 3]"])
+    assert config == Paint(colour=Red(depth=5), layers=[2, 3])
+
+
+def test_identity_leaves_out_what_does_not_change_the_result():
+    assert identity(Paint()) == {"colour": {"type": "red", "depth": 1}, "layers": [1]}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["colour.type=green"], "'colour.type' is 'green', and only 'red', 'blue' exist"),
+        (["colour.depth=1"], "'colour.type' is missing; `--help` lists the types."),
+        (
+            ["colour.type=red", "colour.depth=-1"],
+            "'colour.red.depth' is -1: input should be greater than or equal to 0",
+        ),
+        (["shine=1"], "'shine' is not a field; `--help` lists the fields of Paint"),
+        (["layers.x=1", "layers.x.y=1"], "reaches into 'x', which is 1 and has no fields"),
+        (["a.yaml", "b.yaml"], "at most one config file"),
+        (["missing.yaml"], "There is no config file at 'missing.yaml'"),
+    ],
+)
+def test_a_fault_is_one_sentence(words, message):
+    with pytest.raises(ConfigError, match=".") as caught:
+        parse_args(Paint, words)
+    assert message in str(caught.value)
+
+
+def test_a_file_that_is_no_mapping_is_refused(tmp_path):
+    path = tmp_path / "list.yaml"
+    path.write_text("- 1\n")
+    with pytest.raises(ConfigError, match="holds a list, where a mapping is needed"):
+        load_config(Paint, path)
+
+
+def test_help_names_every_field_with_default_and_docstring(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_args(Paint, ["--help"])
+    shown = capsys.readouterr().out
+    assert caught.value.code == 0 and shown.strip() == describe(Paint).strip()
+    assert "output: str  [default 'here']  Where it goes." in shown
+    assert "colour.depth: int  [default 1]  How red." in shown
+    assert "colour.* (type=blue)" in shown

@@ -1,0 +1,180 @@
+"""Runs: shards, completion, resume, counted drops."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rayrm import files
+from rayrm.errors import ConfigError, OutputExistsError, SchemaError
+from rayrm.rows import Candidates, Prompt, RowType, map_rows, map_table
+from rayrm.runs import RowsJob, transform_rows
+from rayrm.shards import list_shards, read_table
+
+
+def prompts(num_rows):
+    return pa.table(
+        {
+            "id": [f"r{i}" for i in range(num_rows)],
+            "group": [f"g{i}" for i in range(num_rows)],
+            "prompt": [[{"role": "user", "content": f"text {i}"}] for i in range(num_rows)],
+            "lang": ["de"] * num_rows,
+            "extra": list(range(num_rows)),
+        }
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    pq.write_table(prompts(50), tmp_path / "rows.parquet")
+    return tmp_path
+
+
+def answer(row, config):
+    """Two candidates; every tenth row is dropped, and every fifth loses a candidate."""
+    number = int(row["id"][1:])
+    if number % 10 == 0:
+        return None, ["tenth"]
+    return {"candidates": [row["id"]]}, ["fifth"] if number % 5 == 0 else []
+
+
+class Answer:
+    """Counts its calls in a file, as a model stage that must not be called twice for a shard."""
+
+    def __init__(self, log):
+        self.log = log
+
+    def __call__(self, table):
+        with open(self.log, "a") as handle:
+            handle.writelines(f"{i}\n" for i in table["id"].to_pylist())
+        return map_table(table, answer, None, ["id"], Candidates)
+
+
+def run(config, log):
+    return transform_rows(
+        config,
+        Prompt,
+        Candidates,
+        lambda rows: rows.map_batches(
+            Answer, fn_constructor_args=(str(log),), batch_format="pyarrow", batch_size=None, concurrency=1
+        ),
+    )
+
+
+@pytest.mark.ray
+def test_a_run_is_resumed_shard_by_shard_and_counts_exactly(folder, ray_cluster):
+    config = RowsJob(input=str(folder / "rows.parquet"), output=str(folder / "out"), shard_rows=8)
+    done = run(config, folder / "calls")
+    assert done["counts"] == {"read": 50, "written": 45, "dropped": {"fifth": 5, "tenth": 5}, "status": {}}
+    kept = [f"r{i}" for i in range(50) if i % 10]
+    table = read_table(str(folder / "out"))
+    assert table["id"].to_pylist() == kept
+    assert table["extra"].to_pylist() == [i for i in range(50) if i % 10]
+    assert not {"_shard", "_kept", "_dropped"} & set(table.column_names)
+
+    before = {p.name: p.stat().st_mtime_ns for p in (folder / "out").glob("shard-*")}
+    (folder / "out" / "run.json").unlink()
+    (folder / "out" / "shard-00002-of-00007.parquet").unlink()
+    (folder / "calls").unlink()
+    assert run(config, folder / "calls")["counts"] == done["counts"]
+    assert sorted((folder / "calls").read_text().split()) == sorted(f"r{i}" for i in range(16, 24))
+    assert read_table(str(folder / "out"))["id"].to_pylist() == kept
+    after = {p.name: p.stat().st_mtime_ns for p in (folder / "out").glob("shard-*")}
+    assert {name for name in after if after[name] != before[name]} == {"shard-00002-of-00007.parquet"}
+
+    (folder / "calls").unlink()
+    run(config, folder / "calls")
+    assert not (folder / "calls").exists(), "a complete run calls no model"
+
+
+@pytest.mark.ray
+def test_another_config_or_input_is_refused_by_field(folder, ray_cluster):
+    config = RowsJob(input=str(folder / "rows.parquet"), output=str(folder / "out"), shard_rows=25)
+    run(config, folder / "calls")
+    with pytest.raises(OutputExistsError, match="shard_rows: 25 there, 10 here"):
+        run(config.model_copy(update={"shard_rows": 10}), folder / "calls")
+    pq.write_table(prompts(51), folder / "rows.parquet")
+    with pytest.raises(OutputExistsError, match=r"inputs\.input"):
+        run(config, folder / "calls")
+    assert read_table(str(folder / "out")).num_rows == 45
+
+
+@pytest.mark.ray
+def test_all_rows_filtered_is_a_counted_fact(folder, ray_cluster):
+    config = RowsJob(input=str(folder / "rows.parquet"), output=str(folder / "none"))
+    done = transform_rows(
+        config, Prompt, Candidates, lambda rows: map_rows(rows, drop_all, None, reads=["id"], writes=Candidates)
+    )
+    assert done["counts"]["written"] == 0 and done["counts"]["dropped"] == {"all": 50}
+    assert read_table(str(folder / "none")).num_rows == 0
+
+
+def drop_all(row, config):
+    return None, ["all"]
+
+
+def test_missing_column_wrong_type_empty_and_unreadable_input(folder):
+    def job(name):
+        return RowsJob(input=str(folder / name), output=str(folder / "out"))
+
+    pq.write_table(prompts(5).drop_columns("prompt"), folder / "missing.parquet")
+    pq.write_table(prompts(5).set_column(0, "id", pa.array([1, 2, 3, 4, 5])), folder / "type.parquet")
+    pq.write_table(prompts(0), folder / "empty.parquet")
+    (folder / "broken.parquet").write_bytes(b"PAR1 nothing")
+    (folder / "empty.jsonl").write_bytes(b"")
+    (folder / "broken.jsonl").write_bytes(b'{"id": ')
+    cases = {
+        "missing.parquet": (SchemaError, "lacks prompt; found id, group, lang, extra"),
+        "type.parquet": (SchemaError, "Column 'id' of .* is int64, and a Prompt row needs string"),
+        "empty.parquet": (SchemaError, "holds no rows"),
+        "empty.jsonl": (SchemaError, "holds no rows"),
+        "broken.parquet": (SchemaError, "cannot be read as parquet"),
+        "broken.jsonl": (SchemaError, "cannot be read as jsonl"),
+        "nowhere": (ConfigError, "There is nothing at"),
+    }
+    for name, (error, message) in cases.items():
+        with pytest.raises(error, match=message):
+            transform_rows(job(name), Prompt, Candidates, lambda rows: rows)
+    assert not (folder / "out").exists(), "a refused run leaves nothing behind"
+
+
+def test_an_unfinished_run_or_the_output_itself_is_no_input(folder):
+    files.write_json(str(folder / "half" / "started.json"), {})
+    pq.write_table(prompts(5), folder / "half" / "shard-00000-of-00002.parquet")
+    with pytest.raises(ConfigError, match="a run that has not finished"):
+        transform_rows(RowsJob(input=str(folder / "half"), output=str(folder / "o")), Prompt, Prompt, lambda rows: rows)
+    with pytest.raises(ConfigError, match="a run never writes where it reads"):
+        same = str(folder / "rows.parquet")
+        transform_rows(RowsJob(input=same, output=same), Prompt, Prompt, lambda rows: rows)
+
+
+def test_shards_cover_files_of_any_kind_once(folder):
+    with (folder / "more.jsonl").open("w") as handle:
+        handle.writelines(json.dumps({"id": f"j{i}"}) + "\n" for i in range(7))
+    pq.write_table(prompts(20), folder / "grouped.parquet", row_group_size=6)
+    shards = list_shards(str(folder), 9)
+    assert sum(shard.num_rows for shard in shards) == 50 + 7 + 20
+    assert [s.num_rows for s in shards if s.path.endswith("grouped.parquet")] == [9, 9, 2]
+    assert read_table(str(folder / "grouped.parquet"))["id"].to_pylist() == [f"r{i}" for i in range(20)]
+
+
+def test_atomic_file_leaves_nothing_of_a_failed_write(tmp_path):
+    with pytest.raises(RuntimeError, match="power"), files.atomic_file(str(tmp_path / "x")) as handle:
+        handle.write(b"half")
+        raise RuntimeError("power cut")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_work_on_other_filesystems():
+    files.write_json("memory://bucket/a.json", {"a": 1})
+    assert files.read_json("memory://bucket/a.json") == {"a": 1}
+    with files.atomic_file("memory://bucket/rows.parquet") as handle:
+        pq.write_table(prompts(3), handle)
+    assert read_table("memory://bucket")["id"].to_pylist() == ["r0", "r1", "r2"]
+
+
+def test_nullable_columns_are_added_and_large_types_cast():
+    row = RowType("Thing", {"id": pa.string(), "note": pa.string()}, ["note"])
+    table = row.conform(pa.table({"id": pa.array(["a"], pa.large_string())}))
+    assert table.schema.field("id").type == pa.string() and table["note"].to_pylist() == [None]
