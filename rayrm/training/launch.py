@@ -80,20 +80,20 @@ def deepspeed_config(
 
 
 def launch(
-    loop: Callable[[dict[str, Any]], None],
+    loop: Callable[[dict[str, Any]], dict[str, Any] | None],
     loop_config: dict[str, Any],
     output: str,
     workers: TrainingWorkers,
     what: str,
 ) -> dict[str, Any]:
-    """Run `loop(loop_config)` on all workers and return what rank 0 reported last.
+    """Run `loop(loop_config)` on all workers; return what rank 0 reported with its last state, and what it returned.
 
-    States are reported to `<output>/state/step-N`; a run that is started again finds the last one through
-    `ray.train.get_checkpoint()`. Raises CheckpointError with the worker's own words when training fails for good,
+    States are reported to `<output>/state/step-N`, and the last two stay; a run that is started again finds the last
+    one through `ray.train.get_checkpoint()`. Raises CheckpointError with the worker's own words when training fails for good,
     and ResourceError when the cluster can never hold the workers.
     """
     cluster.require(workers.num_workers, workers.num_cpus, workers.num_gpus, what)
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     resources = {"CPU": workers.num_cpus, "GPU": workers.num_gpus}
@@ -109,6 +109,7 @@ def launch(
         run_config=RunConfig(
             name=STATE,
             storage_path=output if "://" in output else str(Path(output).absolute()),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
             failure_config=FailureConfig(max_failures=workers.max_failures),
         ),
     )
@@ -116,7 +117,7 @@ def launch(
         result = trainer.fit()
     except TrainingFailedError as error:
         raise CheckpointError(f"Training into '{output}' failed: {_root_cause(error)}") from error
-    return dict(result.metrics or {})
+    return {**(result.metrics or {}), **(result.return_value or {})}
 
 
 def _root_cause(error: BaseException) -> str:
