@@ -99,23 +99,21 @@ def _sdpa_forward(
     return (mixed.transpose(1, 2).flatten(2),)
 
 
-def use_sdpa(model: nn.Module) -> nn.Module:
+def use_sdpa(model: Any) -> Any:
     """Replace the eager self-attention of a BLEURT model, in place."""
-    for layer in model.bleurt.encoder.layer:  # type: ignore[union-attr]
+    for layer in model.bleurt.encoder.layer:
         attention = layer.attention.self
         attention.forward = types.MethodType(_sdpa_forward, attention)
     return model
 
 
-def new_bleurt(**sizes: Any) -> nn.Module:
+def new_bleurt(**sizes: Any) -> Any:
     """A BLEURT model with random weights; `sizes` are fields of bleurt-pytorch's config."""
     config_class, model_class, _ = bleurt_classes()
     return use_sdpa(model_class(config_class(**sizes)))
 
 
-def load_bleurt(
-    path: str, device: str | None = None, dtype: torch.dtype | None = None
-) -> tuple[nn.Module, BleurtTokenizer]:
+def load_bleurt(path: str, device: str | None = None, dtype: torch.dtype | None = None) -> tuple[Any, BleurtTokenizer]:
     """A BLEURT checkpoint in evaluation mode, and its tokenizer, from a local folder or a hub id.
 
     `device` is the GPU when there is one; `dtype` is bf16 on a GPU and fp32 on a CPU. Pooler and classifier stay in

@@ -1,0 +1,34 @@
+"""Score the candidates of every row with one scorer; run it again with another scorer to add its scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from pydantic import Field
+
+from rayrm.config import parse_args, run_job
+from rayrm.rows import Candidates, Scored
+from rayrm.runs import RowsJob, transform_rows
+from rayrm.scoring import Scoring, check_scoring, score_candidates
+
+
+class ScoreCandidates(RowsJob):
+    """Candidates (or Scored) rows → Scored rows."""
+
+    scoring: Scoring
+    """The scorer: bleurt, reward_model or grammar."""
+    max_failed_fraction: float = Field(0.1, ge=0, le=1)
+    """Most scores that may be null; a run with more fails at its end and keeps what it wrote."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the job."""
+    config = parse_args(ScoreCandidates, argv)
+    check_scoring(config.input, config.scoring)
+    stage = partial(score_candidates, config=config.scoring)
+    transform_rows(config, Candidates, Scored, stage, config.max_failed_fraction)
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,105 @@
+"""Candidates → Scored: a scorer is chosen by its tag and hosted by Ray Data actors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rayrm import cluster
+from rayrm.errors import ConfigError, SchemaError
+from rayrm.models.lookup import require_model
+from rayrm.rows import NUMBERS, TEXTS, set_column, with_hidden
+from rayrm.runs import input_paths
+from rayrm.scoring.bleurt import BleurtScorer, BleurtScoring
+from rayrm.shards import list_shards, read_shard
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+Scoring = BleurtScoring
+"""The config of any scorer, told apart by `type`."""
+READS = ("prompt", "source", "reference", "anchor", "src_lang", "tgt_lang", "lang", "candidates")
+"""Columns that a scorer sees."""
+
+
+class Scorer(Protocol):
+    """What turns candidates into numbers; `scorer(config)` loads whatever it needs."""
+
+    def score(self, rows: list[dict[str, Any]]) -> list[list[tuple[float | None, str]]]:
+        """One (score or null, status) for each candidate of each row; rows have the columns `READS`."""
+        ...
+
+
+SCORERS: dict[str, Any] = {
+    "bleurt": BleurtScorer,
+}
+"""Tag to the class that scores; none loads a model before it is called."""
+
+
+def score_candidates(candidates: Dataset, config: Scoring) -> Dataset:
+    """Score every candidate of every row.
+
+    Reads the columns `READS`. Adds the field `config.name` to the structs `scores` and `status`;
+    what other scorers left there stays. Raises ResourceError when the cluster can never hold the actors.
+    """
+    workers = config.workers
+    cluster.require(workers.num_workers, workers.num_cpus, workers.num_gpus, f"Scorer '{config.name}'")
+    return candidates.map_batches(
+        ScoreStage, fn_constructor_args=(config,), batch_format="pyarrow", batch_size=None, **workers.pool()
+    )
+
+
+def check_scoring(path: str, config: Scoring) -> None:
+    """Find out, before any actor starts, whether the rows at `path` can be scored.
+
+    Raises SchemaError when a column is missing without which no row can be scored, ConfigError when another scorer
+    has the name already, and CheckpointError when there is no model.
+    """
+    shards = list_shards(path, 1 << 62)
+    schema = read_shard(shards[0], limit=1).schema if shards else pa.schema([])
+    missing = [name for name in getattr(SCORERS[config.type], "needs", ()) if shards and name not in schema.names]
+    if missing:
+        raise SchemaError(
+            f"'{path}' has no column {', '.join(missing)}, which the scorer '{config.type}' compares with."
+        )
+    if "scores" in schema.names and config.name in [field.name for field in schema.field("scores").type]:
+        raise ConfigError(f"The rows of '{path}' have scores named '{config.name}' already; set another scoring.name.")
+    model = input_paths(config).get("model")
+    if model is not None:
+        require_model(model)
+
+
+class ScoreStage:
+    """The scorer of one actor, applied to tables of whole shards."""
+
+    def __init__(self, config: Scoring) -> None:
+        self.name = config.name
+        self.scorer: Scorer = SCORERS[config.type](config)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Score the rows that are kept; dropped ones get null."""
+        table = with_hidden(table)
+        kept = table["_kept"].to_pylist()
+        rows = table.select(READS).filter(table["_kept"]).to_pylist()
+        results = iter(self.scorer.score(rows) if rows else [])
+        outcomes = [next(results) if keep else None for keep in kept]
+        for row, outcome in zip(rows, (o for o in outcomes if o is not None), strict=True):
+            if len(outcome) != len(row["candidates"] or []):
+                raise RuntimeError(
+                    f"scorer '{self.name}' gave {len(outcome)} scores for {len(row['candidates'])} texts"
+                )
+        for column, position, kind in (("scores", 0, NUMBERS), ("status", 1, TEXTS)):
+            values = [None if outcome is None else [pair[position] for pair in outcome] for outcome in outcomes]
+            table = set_column(table, column, _with_field(table, column, self.name, pa.array(values, kind)))
+        return table
+
+
+def _with_field(table: pa.Table, column: str, name: str, values: pa.Array) -> pa.Array:
+    fields = {}
+    if column in table.column_names and pa.types.is_struct(table.schema.field(column).type):
+        struct = table[column].combine_chunks()
+        fields = {field.name: pc.struct_field(struct, field.name) for field in struct.type}
+    fields[name] = values
+    return pa.StructArray.from_arrays(list(fields.values()), list(fields))
