@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field
 
 from rayrm import cluster
 from rayrm.errors import ConfigError, SchemaError
@@ -13,12 +14,14 @@ from rayrm.models.lookup import require_model
 from rayrm.rows import NUMBERS, TEXTS, set_column, with_hidden
 from rayrm.runs import input_paths
 from rayrm.scoring.bleurt import BleurtScorer, BleurtScoring
+from rayrm.scoring.grammar import GrammarScorer, GrammarScoring
+from rayrm.scoring.reward_model import RewardModelScorer, RewardModelScoring
 from rayrm.shards import list_shards, read_shard
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-Scoring = BleurtScoring
+Scoring = Annotated[BleurtScoring | RewardModelScoring | GrammarScoring, Field(discriminator="type")]
 """The config of any scorer, told apart by `type`."""
 READS = ("prompt", "source", "reference", "anchor", "src_lang", "tgt_lang", "lang", "candidates")
 """Columns that a scorer sees."""
@@ -27,6 +30,9 @@ READS = ("prompt", "source", "reference", "anchor", "src_lang", "tgt_lang", "lan
 class Scorer(Protocol):
     """What turns candidates into numbers; `scorer(config)` loads whatever it needs."""
 
+    needs: ClassVar[tuple[str, ...]]
+    """Columns without which no row can be scored."""
+
     def score(self, rows: list[dict[str, Any]]) -> list[list[tuple[float | None, str]]]:
         """One (score or null, status) for each candidate of each row; rows have the columns `READS`."""
         ...
@@ -34,6 +40,8 @@ class Scorer(Protocol):
 
 SCORERS: dict[str, Any] = {
     "bleurt": BleurtScorer,
+    "reward_model": RewardModelScorer,
+    "grammar": GrammarScorer,
 }
 """Tag to the class that scores; none loads a model before it is called."""
 
@@ -59,7 +67,7 @@ def check_scoring(path: str, config: Scoring) -> None:
     """
     shards = list_shards(path, 1 << 62)
     schema = read_shard(shards[0], limit=1).schema if shards else pa.schema([])
-    missing = [name for name in getattr(SCORERS[config.type], "needs", ()) if shards and name not in schema.names]
+    missing = [name for name in SCORERS[config.type].needs if shards and name not in schema.names]
     if missing:
         raise SchemaError(
             f"'{path}' has no column {', '.join(missing)}, which the scorer '{config.type}' compares with."
