@@ -86,10 +86,14 @@ class Renderer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of rendered text, with exactly one BOS where the tokenizer has one."""
-        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        if self.bos is not None and (not ids or ids[0] != self.bos):
-            ids.insert(0, self.bos)
-        return ids
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` for many texts in one call of the tokenizer."""
+        rows = [list(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+        if self.bos is not None:
+            rows = [ids if ids and ids[0] == self.bos else [self.bos, *ids] for ids in rows]
+        return rows
 
     def prompt_ids(self, prompt: Sequence[Message]) -> list[int]:
         """Token ids that a policy continues."""
