@@ -55,8 +55,9 @@ def input_paths(config: BaseModel) -> dict[str, str]:
         if isinstance(value, BaseModel):
             found.update({f"{name}.{inner}": path for inner, path in input_paths(value).items()})
         elif isinstance(extra, dict) and extra.get("input") and value is not None:
-            for index, path in enumerate(value if isinstance(value, list) else [value]):
-                found[f"{name}.{index}" if isinstance(value, list) else name] = path
+            several = dict(enumerate(value)) if isinstance(value, list) else value
+            paths = {f"{name}.{k}": v for k, v in several.items()} if isinstance(several, dict) else {name: value}
+            found.update(paths)
     return found
 
 
