@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -74,6 +75,24 @@ def read_table(path: str, columns: list[str] | None = None) -> pa.Table:
     if columns is not None:
         tables = [table.select([c for c in columns if c in table.column_names]) for table in tables]
     return pa.concat_tables(tables, promote_options="permissive")
+
+
+def iter_tables(path: str, columns: list[str] | None = None, num_rows: int = 1 << 16) -> Iterator[pa.Table]:
+    """All rows at `path` in file order, at most `num_rows` a table; `columns` selects those that are there.
+
+    A JSONL file comes as one table. Raises SchemaError for a file that cannot be read.
+    """
+    for name in list_files(path):
+        if name.endswith(".jsonl"):
+            table = _read_jsonl(name)
+            yield table if columns is None else table.select([c for c in columns if c in table.column_names])
+            continue
+        fs, inner = files.filesystem(name)
+        with fs.open(inner, "rb") as handle:
+            file = _read(name, lambda handle=handle: pq.ParquetFile(handle))  # type: ignore[misc]
+            wanted = columns and [c for c in columns if c in file.schema_arrow.names]
+            for batch in file.iter_batches(num_rows, columns=wanted):
+                yield pa.Table.from_batches([batch])
 
 
 def _count(name: str) -> int:
