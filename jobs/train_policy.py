@@ -1,0 +1,39 @@
+"""Train a policy: `training.type=sft` fine-tunes a language model on the references of Prompt rows.
+
+Writes `<output>/model`, plain Hugging Face files with the chat template and, last, `rayrm.json`. A run that was
+killed and is started again goes on from its last state.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from rayrm import files
+from rayrm.config import parse_args, run_job
+from rayrm.runs import finish_run, start_run
+from rayrm.training.checkpoints import push_to_hub
+from rayrm.training.launch import MARK, MODEL
+from rayrm.training.policy import PolicyJob, check_policy, train_policy
+
+log = logging.getLogger("rayrm")
+
+
+class TrainPolicy(PolicyJob):
+    """A policy from Prompt rows with a reference."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train the policy of `argv`, unless it is there; push it when asked to."""
+    config = parse_args(TrainPolicy, argv)
+    is_complete = files.exists(files.join(config.output, MARK))
+    # Checked first, so that a config that cannot work claims no output.
+    template = None if is_complete else check_policy(config)
+    if start_run(config, mark=MARK):
+        finish_run(config, train_policy(config, template), mark=MARK)
+    if config.hub_id is not None:
+        push_to_hub(files.join(config.output, MODEL), config.hub_id)
+
+
+if __name__ == "__main__":
+    run_job(main)

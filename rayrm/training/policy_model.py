@@ -1,0 +1,111 @@
+"""The model and tokenizer of a policy: loaded for training, saved when trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from rayrm.models.rendering import Renderer
+from rayrm.training.checkpoints import export_model, fetch_model, gather_state
+
+if TYPE_CHECKING:
+    from rayrm.training.policy import SupervisedFinetuning
+
+
+def load_tokenizer(training: SupervisedFinetuning, template: str | None, scratch: str) -> Any:
+    """The model's tokenizer with the tokens and the chat template that it is saved with."""
+    tokenizer = AutoTokenizer.from_pretrained(_fetch(training, scratch))
+    new = [token for token in training.added_special_tokens if token not in tokenizer.get_vocab()]
+    if new:
+        tokenizer.add_special_tokens({"extra_special_tokens": new}, replace_extra_special_tokens=False)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def load_policy(
+    training: SupervisedFinetuning, tokenizer: Any, scratch: str, bf16: bool, load_in_8bit: bool = False
+) -> Any:
+    """The model to train, with room for the tokenizer's tokens and with LoRA updates where they are asked for."""
+    set_seed(training.seed)
+    quantized: dict[str, Any] = {}
+    if load_in_8bit:
+        quantized["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+        quantized["device_map"] = {"": torch.cuda.current_device()}
+    model = AutoModelForCausalLM.from_pretrained(
+        _fetch(training, scratch),
+        dtype=torch.bfloat16 if bf16 else torch.float32,
+        attn_implementation=training.attn_implementation,
+        **quantized,
+    )
+    if len(tokenizer) > model.config.get_text_config().vocab_size:
+        model.resize_token_embeddings(len(tokenizer))
+    if training.lora is None:
+        return model
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=training.lora.r,
+        lora_alpha=training.lora.alpha,
+        lora_dropout=training.lora.dropout,
+        target_modules=training.lora.targets,
+        # A token that nothing was trained on needs embeddings of its own.
+        modules_to_save=_embeddings(model) if training.added_special_tokens else None,
+        ensure_weight_tying=True,
+    )
+    # One number format for all parameters, as ZeRO-3 needs.
+    return get_peft_model(model, lora, autocast_adapter_dtype=False)
+
+
+def export_policy(training: SupervisedFinetuning, trainer: Any, renderer: Renderer, output: str, scratch: str) -> None:
+    """Gather, save and verify the trained policy as `<output>/model`; LoRA updates are merged. All ranks call it."""
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    model, tokenizer = trainer.model, renderer.tokenizer
+    state = gather_state(model, (lambda name: name in trained) if training.lora else (lambda name: True))
+    if dist.get_rank() != 0:
+        return
+    if training.lora is not None:
+        # From here on rank 0 is alone, and what it loads must be whole.
+        unset_hf_deepspeed_config()
+        model = load_policy(training, tokenizer, scratch, trainer.args.bf16)
+        model.load_state_dict(state, strict=False)
+        model = model.merge_and_unload()
+        state = model.state_dict()
+    model.config.use_cache = True
+    model.generation_config.eos_token_id = end_ids(renderer)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)
+
+    export_model(output, write, AutoModelForCausalLM)
+
+
+def end_ids(renderer: Renderer) -> list[int]:
+    """Tokens at which generation ends: the one that ends the assistant's turn, where it is special, and EOS."""
+    tokenizer = renderer.tokenizer
+    text = renderer.completion_text([{"role": "user", "content": "a"}], "a")
+    last = tokenizer(text, add_special_tokens=False)["input_ids"][-1]
+    ends = [last] if last in tokenizer.added_tokens_decoder else []
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        ends.append(tokenizer.eos_token_id)
+    return ends
+
+
+def _embeddings(model: Any) -> list[str]:
+    """Module names of the input embeddings, and of the output embeddings where they have a matrix of their own."""
+    modules = [model.get_input_embeddings()]
+    if not model.config.get_text_config().tie_word_embeddings:
+        modules.append(model.get_output_embeddings())
+    return [name.rsplit(".", 1)[-1] for name, module in model.named_modules() if any(module is m for m in modules)]
+
+
+def _fetch(training: SupervisedFinetuning, scratch: str) -> str:
+    return fetch_model(training.model, str(Path(scratch) / "base"))
