@@ -1,0 +1,114 @@
+"""Measure how often a reward model agrees with preferences; writes metrics.json and report.html.
+
+Beside the accuracy stands that of a judge that looks at length alone, and their paired difference, all with bootstrap
+intervals. The rewards of all rows stay in `<output>/rows/<set>`; a run that was killed goes on from there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from rayrm import files
+from rayrm.config import Config, parse_args, run_job
+from rayrm.errors import EvaluationError
+from rayrm.evaluation.judging import JudgingJob, find_split, judge_preferences
+from rayrm.evaluation.preference_report import JudgedSet, build_report, judge_set, summary_table
+from rayrm.evaluation.preferences import BootstrapConfig, JudgedPreference, flatten
+from rayrm.evaluation.report import format_table, write_report
+from rayrm.models.lookup import require_model
+from rayrm.rows import Preference
+from rayrm.runs import INPUT, finish_run, start_run, transform_rows, versions
+from rayrm.shards import list_shards, read_shard, read_table
+
+MAIN = "preferences"
+METRICS, REPORT = "metrics.json", "report.html"
+
+
+class EvaluateRewardModel(JudgingJob):
+    """A reward model and the preferences that it is measured on."""
+
+    agreement: dict[str, str] = Field({}, json_schema_extra=INPUT)  # type: ignore[arg-type]
+    """Further Preference rows by name, such as pairs labelled by something else than the scorer; each has a section."""
+    bootstrap: BootstrapConfig = BootstrapConfig()
+    """How intervals are drawn."""
+    num_examples: int = Field(4, ge=0)
+    """Worst misses and most confident hits that the page shows of the first set, so many of each."""
+
+    @field_validator("agreement")
+    @classmethod
+    def _check_names(cls, sets: dict[str, str]) -> dict[str, str]:
+        for name in sets:
+            if name == MAIN or not re.fullmatch(r"[\w-]+", name):
+                raise ValueError(f"'{name}' names a folder below rows/: use letters, digits, _ and -, and not '{MAIN}'")
+        return sets
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the job. Raises EvaluationError when too many rewards failed or a set has no row to measure."""
+    config = parse_args(EvaluateRewardModel, argv)
+    sets = {MAIN: config.input, **config.agreement}
+    check(config, sets)
+    report = files.join(config.output, REPORT)
+    if start_run(config):
+        judged = [judge_rows(config, name, path) for name, path in sets.items()]
+        metrics = {part.name: flatten(part.slices) for part in judged}
+        files.write_json(files.join(config.output, METRICS), metrics)
+        lead = describe_evaluation(config, judged[0])
+        write_report(report, build_report(judged, lead, list_facts(config), config.bootstrap, config.num_examples))
+        for part in judged:
+            print(f"\n{part.name}\n{format_table(summary_table(part.slices, config.bootstrap.confidence))}")
+        finish_run(config, {"metrics": metrics})
+    print(f"\nThe page with figures and examples: {report}", flush=True)
+
+
+def check(config: EvaluateRewardModel, sets: dict[str, str]) -> None:
+    """Find out before any actor starts whether there is a model, a split and rows.
+
+    Raises CheckpointError, ConfigError or SchemaError.
+    """
+    require_model(config.reward_model.model)
+    if config.split == "held_out":
+        find_split(config.reward_model.model)
+    for path in sets.values():
+        for shard in list_shards(path, 1 << 62)[:1]:
+            Preference.check(read_shard(shard, limit=1).schema, f"'{path}'")
+
+
+def judge_rows(config: EvaluateRewardModel, name: str, path: str) -> JudgedSet:
+    """Reward the rows at `path` into `<output>/rows/<name>`, and measure them."""
+    output = files.join(config.output, "rows", name)
+    values: dict[str, Any] = {field: getattr(config, field) for field in JudgingJob.model_fields}
+    job = JudgingJob(**{**values, "input": path, "output": output})
+    stage = partial(judge_preferences, config=job)
+    counts = transform_rows(job, Preference, JudgedPreference, stage, job.max_failed_fraction)["counts"]
+    if not counts["written"]:
+        raise EvaluationError(f"'{path}' holds no row of a group that '{job.reward_model.model}' held out of training.")
+    return judge_set(name, read_table(output), config.bootstrap)
+
+
+def describe_evaluation(config: EvaluateRewardModel, judged: JudgedSet) -> str:
+    """One sentence: which model, how many rows, of what."""
+    rows = f"{judged.rows.num_rows:,} preferences"
+    held_out = " whose groups it was never trained on" if config.split == "held_out" else ""
+    return f"{config.reward_model.model} on {rows} of {config.input}{held_out}."
+
+
+def list_facts(config: Config) -> dict[str, str]:
+    """Every field of the config by its dotted name, then the versions."""
+    return {**_dotted(config.model_dump(mode="json")), **versions()}
+
+
+def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in values.items():
+        found.update(_dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": str(value)})
+    return found
+
+
+if __name__ == "__main__":
+    run_job(main)

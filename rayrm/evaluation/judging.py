@@ -1,0 +1,109 @@
+"""Preference → JudgedPreference: reward both sides of every preference with a reward model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import pyarrow as pa
+from pydantic import Field
+
+from rayrm import cluster, files
+from rayrm.errors import ConfigError
+from rayrm.rows import TEXTS, Preference, map_rows, on_kept, set_column
+from rayrm.runs import RowsJob
+from rayrm.scoring.reward_model import RewardModelScorer, RewardModelScoring
+from rayrm.splits import is_held_out
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+
+class JudgingJob(RowsJob):
+    """Preference rows and the reward model that is to agree with them."""
+
+    reward_model: RewardModelScoring
+    """The reward model that is evaluated."""
+    split: Literal["all", "held_out"] = "all"
+    """Rows that count: all, or those whose group the reward model's own training held out."""
+    max_failed_fraction: float = Field(0.05, ge=0, le=1)
+    """Most rewards that may be null; a run with more fails at its end and keeps what it wrote."""
+
+
+class Split(NamedTuple):
+    """The held-out part of a training run."""
+
+    fraction: float
+    seed: int
+
+
+def find_split(model: str) -> Split:
+    """The held-out split that the reward model at `model` was trained with, from its completion mark.
+
+    Raises ConfigError when the mark is not there or when the training held nothing out.
+    """
+    mark = files.read_json(files.join(model, files.CHECKPOINT_MARK)) or {}
+    training = mark.get("config", {}).get("training", {})
+    if not training.get("held_out_fraction"):
+        raise ConfigError(
+            f"split is 'held_out', and '{files.join(model, files.CHECKPOINT_MARK)}' names no held-out share; "
+            "evaluate a reward model that was trained with training.held_out_fraction above 0, or set split=all."
+        )
+    return Split(training["held_out_fraction"], training["seed"])
+
+
+def judge_preferences(preferences: Dataset, config: JudgingJob) -> Dataset:
+    """Reward both sides of the rows of `config.split`; other rows are dropped and counted as `trained_on`.
+
+    Adds chosen_reward, rejected_reward and status. Raises ResourceError when the cluster can never hold the actors.
+    """
+    if config.split == "held_out":
+        split = find_split(config.reward_model.model)
+        preferences = map_rows(preferences, keep_held_out, split, reads=("group",), writes=Preference)
+    workers = config.reward_model.workers
+    cluster.require(workers.num_workers, workers.num_cpus, workers.num_gpus, "The reward model's evaluation")
+    return preferences.map_batches(
+        JudgeStage,
+        fn_constructor_args=(config.reward_model,),
+        batch_format="pyarrow",
+        batch_size=None,
+        **workers.pool(),
+    )
+
+
+def keep_held_out(row: dict[str, Any], split: Split) -> tuple[dict[str, Any] | None, list[str]]:
+    """Drop a row whose group was trained on."""
+    held_out = is_held_out(row["group"], split.fraction, split.seed)
+    return ({}, []) if held_out else (None, ["trained_on"])
+
+
+class JudgeStage:
+    """An actor that holds the reward model."""
+
+    def __init__(self, config: RewardModelScoring) -> None:
+        self.config = config
+        self.scorer = RewardModelScorer(config)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Judge the kept rows of a shard."""
+        return on_kept(table, self.judge)
+
+    def judge(self, table: pa.Table) -> pa.Table:
+        """`table` with chosen_reward, rejected_reward and status."""
+        names = [name for name in ("prompt", "anchor", "tgt_lang", "chosen", "rejected") if name in table.column_names]
+        rows = table.select(names).to_pylist()
+        scores = self.scorer.score([_question(row, side) for row in rows for side in ("chosen", "rejected")])
+        found = [score[0] for score in scores]
+        chosen, rejected = found[::2], found[1::2]
+        table = set_column(table, "chosen_reward", pa.array([reward for reward, _ in chosen], pa.float64()))
+        table = set_column(table, "rejected_reward", pa.array([reward for reward, _ in rejected], pa.float64()))
+        words = [[first, second] for (_, first), (_, second) in zip(chosen, rejected, strict=True)]
+        status = pa.StructArray.from_arrays([pa.array(words, TEXTS)], [self.config.name])
+        return set_column(table, "status", status)
+
+
+def _question(row: dict[str, Any], side: str) -> dict[str, Any]:
+    """What the scorer reads: the conversation up to the last message of a side, and that message as the candidate."""
+    messages = row[side] or [{"role": "assistant", "content": ""}]
+    candidates = [messages[-1]["content"]]
+    question = {"anchor": row.get("anchor"), "tgt_lang": row["tgt_lang"], "candidates": candidates}
+    return {**question, "prompt": [*row["prompt"], *messages[:-1]]}
