@@ -1,0 +1,106 @@
+"""Metrics of a training run, sent to TensorBoard, Weights & Biases or MLflow as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+from rayrm import files
+
+ReportTo = Literal["tensorboard", "wandb", "mlflow", "none"]
+PROJECT = "rayrm"
+
+
+class Tracker(Protocol):
+    """Where the metrics of one run go."""
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Send the metrics of one step."""
+
+    def close(self) -> None:
+        """Send what is left."""
+
+
+class TensorBoardTracker:
+    """Event files in `<output>/logs`; what an interrupted run wrote from `first_step` on is hidden."""
+
+    def __init__(self, output: str, settings: dict[str, Any], first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(files.join(output, "logs"), purge_step=first_step or None)
+        if not first_step:
+            self.writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in settings.items()))
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """One scalar for each metric."""
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        """Close the event file."""
+        self.writer.close()
+
+
+class WandbTracker:
+    """A run of the project `rayrm`; credentials and mode come from the environment."""
+
+    def __init__(self, output: str, settings: dict[str, Any], first_step: int) -> None:
+        import wandb
+
+        self.run = wandb.init(
+            project=PROJECT, name=output, id=files.digest([output, settings]), resume="allow", config=settings
+        )
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """One record for the step."""
+        self.run.log(metrics, step=step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self.run.finish()
+
+
+class MlflowTracker:
+    """A run of the experiment `rayrm`; the server comes from the environment."""
+
+    def __init__(self, output: str, settings: dict[str, Any], first_step: int) -> None:
+        import mlflow
+
+        mlflow.set_experiment(PROJECT)
+        self.run = mlflow.start_run(run_name=output)
+        if not first_step:
+            mlflow.log_params(settings)
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """One metric record each."""
+        import mlflow
+
+        mlflow.log_metrics(metrics, step=step, run_id=self.run.info.run_id)
+
+    def close(self) -> None:
+        """End the run."""
+        import mlflow
+
+        mlflow.end_run()
+
+
+class NoTracker:
+    """Metrics go nowhere but into the run's own files."""
+
+    def __init__(self, output: str, settings: dict[str, Any], first_step: int) -> None: ...
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+TRACKERS: dict[str, Callable[[str, dict[str, Any], int], Tracker]] = {
+    "tensorboard": TensorBoardTracker,
+    "wandb": WandbTracker,
+    "mlflow": MlflowTracker,
+    "none": NoTracker,
+}
+"""Tag to `tracker(output, settings, first_step)`, which opens a run, or continues it from a step on."""
