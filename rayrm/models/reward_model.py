@@ -17,6 +17,7 @@ from torch import nn
 from rayrm import files
 from rayrm.batching import token_batches
 from rayrm.errors import CheckpointError
+from rayrm.models.folders import load_tokenizer, local_model
 from rayrm.models.rendering import Rendered, Renderer, load_template
 from rayrm.rows import Message
 
@@ -71,18 +72,25 @@ def load_reward_model(
     shape, when a head is missing and there is no `head_seed`, and when a head has another name or more than one output.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers.utils import logging
 
+    # What they would print is found and said by `_check_loaded`.
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
-        config = AutoConfig.from_pretrained(path)
+        folder = local_model(path)
+        config = AutoConfig.from_pretrained(folder)
         is_classifier = any("SequenceClassification" in name for name in config.architectures or [])
         if is_classifier and config.num_labels != 1:
             raise CheckpointError(f"The classifier at '{path}' has {config.num_labels} labels; a reward model has one.")
         config.num_labels, config.problem_type = 1, "regression"
         _turn_off_dropout(config)
         network, loaded = AutoModelForSequenceClassification.from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+            folder, config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
         raise CheckpointError(f"'{path}' does not load as a reward model: {reason}.") from error
     head = getattr(network, HEAD, None)
@@ -139,18 +147,12 @@ def draw_head(network: Any, seed: int) -> None:
         weight.data.copy_(drawn)
 
 
-def load_tokenizer(path: str) -> Any:
+def load_padding_tokenizer(path: str) -> Any:
     """The tokenizer at `path`, padding on the right with a token that never ends a conversation.
 
     Raises CheckpointError when nothing loads or no token can serve as padding.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
-        raise CheckpointError(f"There is no tokenizer that loads at '{path}': {reason}.") from error
+    tokenizer = load_tokenizer(path)
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         known = tokenizer.get_vocab()
@@ -246,7 +248,7 @@ def load_rewarder(
     model = load_reward_model(path, dtype=dtype, attn_implementation=attn_implementation)
     if rendering.max_length is None:
         rendering = rendering._replace(max_length=getattr(model.network.config, "max_position_embeddings", None))
-    renderer = rendering.renderer(load_tokenizer(path), path)
+    renderer = rendering.renderer(load_padding_tokenizer(path), path)
     if stored is not None:
         check_rendering(path, stored["fingerprint"], renderer.fingerprint())
     return Rewarder(model.to(device), renderer, is_verified=stored is not None)

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from rayrm.config import NOT_IDENTITY, Config, Workers
 from rayrm.prompts import direct_prompt
+from rayrm.rows import Message
 from rayrm.runs import INPUT
 
 Outcome = tuple[float | None, str]
@@ -81,7 +82,10 @@ class RewardModelScorer:
             for index, row in enumerate(rows)
         ]
 
-    def _prompt(self, row: dict[str, Any]) -> Any:
+    def _prompt(self, row: dict[str, Any]) -> list[Message] | None:
         if self.config.prompt == "as_is":
-            return row["prompt"]
-        return direct_prompt(row["anchor"], ANCHOR_LANG, row["tgt_lang"]) if row["anchor"] and row["tgt_lang"] else None
+            prompt: list[Message] = row["prompt"]
+            return prompt
+        if not row["anchor"] or not row["tgt_lang"]:
+            return None
+        return [{"role": "user", "content": direct_prompt(row["anchor"], ANCHOR_LANG, row["tgt_lang"])}]

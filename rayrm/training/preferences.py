@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from rayrm import cluster, files
 from rayrm.errors import ConfigError, SchemaError
-from rayrm.models.reward_model import Pair, Rendering, load_tokenizer
+from rayrm.models.reward_model import Pair, Rendering, load_padding_tokenizer
 from rayrm.rows import Message
 from rayrm.shards import Shard, list_shards, read_shard
 from rayrm.splits import is_held_out
@@ -152,7 +152,7 @@ def render_shard(shard: Shard, training: RewardTraining) -> tuple[pa.Table, Coun
 @cache
 def make_renderer(model: str, chat_template: str | None, max_length: int) -> Renderer:
     """The renderer that trains a reward model from `model`, and that its checkpoint describes."""
-    return Rendering(chat_template, max_length).renderer(load_tokenizer(model), model)
+    return Rendering(chat_template, max_length).renderer(load_padding_tokenizer(model), model)
 
 
 def render_row(

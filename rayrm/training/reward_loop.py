@@ -29,6 +29,7 @@ from rayrm.training.preferences import make_renderer, read_rendered
 from rayrm.training.probes import probe_sides
 from rayrm.training.reward_metrics import measure_pairs
 from rayrm.training.reward_model import RewardModelJob
+from rayrm.training.reward_saving import add_updates, export_reward_model
 from rayrm.training.states import WORLD, last_state
 from rayrm.training.tracking import TRACKERS
 
@@ -182,24 +183,11 @@ class RewardTrainer:
 
     def finish(self, probe: list[dict[str, Any]]) -> dict[str, Any]:
         """Save the model whole and return the facts of the run."""
-        from rayrm.training.checkpoints import export_model, gather_state
-
         rewards = self.read_probe(probe)
-        network = self.engine.module.network
-        state = gather_state(network)
-        if self.rank == 0:
-            from transformers import AutoModelForSequenceClassification
-
-            def write(folder: Path) -> None:
-                network.save_pretrained(folder, state_dict=state)
-                self.renderer.tokenizer.chat_template = self.renderer.template
-                self.renderer.tokenizer.save_pretrained(folder)
-
-            export_model(self.job.output, write, AutoModelForSequenceClassification)
+        export_reward_model(self.engine.module.network, self.training, self.renderer, self.job.output)
         metrics: dict[str, float] = {}
         for record in self.history:
             metrics |= record
-        dist.barrier()
         return {
             "steps": self.step,
             "metrics": metrics,
@@ -244,6 +232,8 @@ def make_engine(job: RewardModelJob, micro_batch_size: int, pad_id: int) -> Any:
     if partitioned is not None:
         unset_hf_deepspeed_config()
     model.network.config.pad_token_id = pad_id
+    if training.lora is not None:
+        add_updates(model.network, training.lora)
     if parallelism.gradient_checkpointing:
         model.network.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = training.optimizer(model)

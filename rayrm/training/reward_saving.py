@@ -1,0 +1,58 @@
+"""LoRA updates on a reward model, and the trained model written whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from rayrm.models.rendering import Renderer
+from rayrm.models.reward_model import HEAD, load_reward_model
+from rayrm.training.checkpoints import export_model, gather_state
+
+if TYPE_CHECKING:
+    from rayrm.training.policy import LowRank
+    from rayrm.training.reward_model import RewardTraining
+
+
+def add_updates(network: Any, lora: LowRank) -> Any:
+    """Put LoRA updates into `network` and freeze all else but the head; returns peft's view, which can merge them."""
+    settings = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        exclude_modules=[HEAD],
+    )
+    # One number format for all parameters, as ZeRO-3 needs.
+    view = get_peft_model(network, settings, autocast_adapter_dtype=False)
+    getattr(network, HEAD).requires_grad_(True)
+    return view
+
+
+def export_reward_model(network: Any, training: RewardTraining, renderer: Renderer, output: str) -> None:
+    """Gather, save and verify `network` as `<output>/model`; LoRA updates are merged. All ranks call it."""
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    state = gather_state(network, lambda name: training.lora is None or name in trained)
+    if dist.get_rank() == 0:
+        if training.lora is not None:
+            # What rank 0 loads alone must be whole.
+            unset_hf_deepspeed_config()
+            whole = load_reward_model(training.model, head_seed=training.seed, dtype=network.dtype).network
+            whole.config.pad_token_id = network.config.pad_token_id
+            view = add_updates(whole, training.lora)
+            whole.load_state_dict(state, strict=False)
+            network = view.merge_and_unload()
+            state = network.state_dict()
+        renderer.tokenizer.chat_template = renderer.template
+
+        def write(folder: Path) -> None:
+            network.save_pretrained(folder, state_dict=state)
+            renderer.tokenizer.save_pretrained(folder)
+
+        export_model(output, write, AutoModelForSequenceClassification)
+    dist.barrier()

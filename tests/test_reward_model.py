@@ -1,0 +1,187 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rayrm.errors import CheckpointError
+from rayrm.models.creation import CreationConfig, create_model
+from rayrm.models.reward_model import Rendering, load_padding_tokenizer, load_reward_model, load_rewarder, pad_right
+from rayrm.scoring.reward_model import RewardModelScorer, RewardModelScoring
+
+TEXTS = ["the cat sat on the mat", "der Hund schläft", "translate this text"]
+SIZES = CreationConfig(vocab_size=320, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=2, max_length=64)
+PROMPT = [{"role": "user", "content": "the cat"}]
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("policy"))
+    create_model(TEXTS, SIZES, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def reward_path(policy, tmp_path_factory):
+    """A reward model as training saves it, without the completion mark."""
+    path = str(tmp_path_factory.mktemp("reward"))
+    tokenizer = load_padding_tokenizer(policy)
+    network = load_reward_model(policy, head_seed=3).network
+    network.config.pad_token_id = tokenizer.pad_token_id
+    network.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def mark(path, **changes):
+    rewarder = load_rewarder(str(path), Rendering(max_length=32))
+    rendering = {"chat_template": None, "max_length": 32, "fingerprint": rewarder.renderer.fingerprint() | changes}
+    (path / "rayrm.json").write_text(json.dumps({"rendering": rendering}))
+
+
+@pytest.fixture
+def copy(reward_path, tmp_path):
+    import shutil
+
+    return shutil.copytree(reward_path, tmp_path / "copy")
+
+
+def test_plain_transformers_gives_the_same_rewards(reward_path):
+    plain = AutoModelForSequenceClassification.from_pretrained(reward_path, dtype=torch.float32).eval()
+    ours, tokenizer = load_reward_model(reward_path), load_padding_tokenizer(reward_path)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(5, 300, (n,), generator=generator).tolist() for n in (1, 3, 17, 40, 9)]
+    ids, mask = pad_right(rows, tokenizer.pad_token_id, "cpu")
+    with torch.inference_mode():
+        expected = plain(input_ids=ids, attention_mask=mask).logits[:, 0]
+        found = ours(ids, mask)
+    assert found.dtype == torch.float32 and found.shape == (5,)
+    assert plain.config.num_labels == 1 and plain.config.problem_type == "regression"
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert found.std() > 0.01
+
+
+def test_reward_is_read_at_the_last_attended_token_whatever_its_id(reward_path):
+    model, pad = load_reward_model(reward_path), load_padding_tokenizer(reward_path).pad_token_id
+    row = [9, 10, 11, pad]
+    with torch.inference_mode():
+        alone = model(torch.tensor([row]), torch.ones(1, 4, dtype=torch.int64))
+        padded = model(*pad_right([row, [9] * 12], pad, "cpu"))[:1]
+        left = model(torch.tensor([[pad, pad, *row]]), torch.tensor([[0, 0, 1, 1, 1, 1]]))
+        shorter = model(torch.tensor([row[:3]]), torch.ones(1, 3, dtype=torch.int64))
+    torch.testing.assert_close(padded, alone, atol=1e-6, rtol=0)
+    torch.testing.assert_close(left, alone, atol=1e-5, rtol=0)
+    assert abs(shorter - alone) > 1e-3
+
+
+def test_head_is_drawn_from_its_seed_and_computes_in_fp32(policy):
+    heads = [load_reward_model(policy, head_seed=seed).network.score.weight for seed in (0, 0, 1)]
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+    assert 0.015 < heads[0].std() < 0.025
+    half = load_reward_model(policy, head_seed=0, dtype=torch.bfloat16)
+    assert half(torch.tensor([[5, 6]]), torch.ones(1, 2, dtype=torch.int64)).dtype == torch.float32
+
+
+def test_checkpoint_without_a_head_is_refused(policy):
+    with pytest.raises(CheckpointError, match=r"no reward head 'score.weight'.*train a reward model first"):
+        load_rewarder(policy)
+
+
+def test_head_of_another_name_is_refused_even_where_a_new_head_is_welcome(copy):
+    weights = load_file(copy / "model.safetensors")
+    weights["v_head.summary.weight"] = weights.pop("score.weight")
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"it holds v_head.summary.weight"):
+        load_reward_model(str(copy), head_seed=0)
+
+
+def test_missing_weights_two_labels_and_broken_files_are_refused(copy, tmp_path):
+    weights = load_file(copy / "model.safetensors")
+    lacking = {name: tensor for name, tensor in weights.items() if "layers.1.mlp.up_proj" not in name}
+    save_file(lacking, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks model.layers.1.mlp.up_proj.weight"):
+        load_reward_model(str(copy), head_seed=0)
+    (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="does not load as a reward model"):
+        load_reward_model(str(copy))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b"}}))
+    with pytest.raises(CheckpointError, match="has 2 labels; a reward model has one"):
+        load_reward_model(str(copy))
+    with pytest.raises(CheckpointError, match="does not load as a reward model"):
+        load_reward_model(str(tmp_path / "nowhere"))
+
+
+def test_pad_token_is_never_the_token_that_ends_a_turn(policy, tmp_path):
+    tokenizer = load_padding_tokenizer(policy)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path)
+    assert load_padding_tokenizer(str(tmp_path)).pad_token == "<pad>"
+
+
+def test_a_marked_checkpoint_is_rendered_as_it_was_trained(copy):
+    mark(copy)
+    rewarder = load_rewarder(str(copy))
+    assert rewarder.is_verified and rewarder.renderer.max_length == 32
+    assert load_rewarder(str(copy), Rendering(max_length=32)).is_verified
+    with pytest.raises(CheckpointError, match="max_length: 32 there, 16 here"):
+        load_rewarder(str(copy), Rendering(max_length=16))
+    mark(copy, template="0123456789abcdef")
+    with pytest.raises(CheckpointError, match="template: '0123456789abcdef' there"):
+        load_rewarder(str(copy))
+
+
+def test_an_unmarked_checkpoint_takes_its_rendering_from_the_config(reward_path):
+    rewarder = load_rewarder(reward_path, Rendering("none", 48))
+    assert not rewarder.is_verified
+    assert rewarder.renderer.template is None and rewarder.renderer.max_length == 48
+    assert load_rewarder(reward_path).renderer.max_length == SIZES.max_length
+
+
+def test_rewards_do_not_hang_on_batches_and_failures_are_null(reward_path):
+    rewarder = load_rewarder(reward_path, Rendering(max_length=40))
+    pairs = [(PROMPT, "on the mat"), (PROMPT, " "), (PROMPT, "x " * 60), (PROMPT * 4, "sat"), (PROMPT, "der Hund")]
+    found = rewarder.rewards(pairs)
+    assert [status for _, status in found] == ["ok", "empty", "overlength", "truncated", "ok"]
+    assert [reward is None for reward, _ in found] == [False, True, True, False, False]
+    for alone, together in zip([rewarder.rewards([pair])[0] for pair in pairs], found, strict=True):
+        assert alone[1] == together[1] and (alone[0] or 0.0) == pytest.approx(together[0] or 0.0, abs=1e-5)
+    assert rewarder.rewards(pairs, token_budget=1)[4][0] == pytest.approx(found[4][0], abs=1e-5)
+
+
+def test_a_reward_that_is_not_a_number_is_null(copy):
+    weights = load_file(copy / "model.safetensors")
+    weights["score.weight"][0, 0] = float("nan")
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    assert load_rewarder(str(copy)).rewards([(PROMPT, "sat")]) == [(None, "nan")]
+
+
+def row(**changes):
+    base = {"prompt": PROMPT, "source": "die Katze", "reference": "r", "anchor": "the cat", "src_lang": "de"}
+    return base | {"tgt_lang": "fr", "candidates": ["le chat", "", "le chat", "un chien"]} | changes
+
+
+def test_scorer_keeps_the_order_of_candidates(reward_path):
+    scorer = RewardModelScorer(RewardModelScoring(model=reward_path))
+    first, second, third = scorer.score([row(), row(candidates=[]), row(candidates=["un chien"])])
+    assert [status for _, status in first] == ["ok", "empty", "ok", "ok"]
+    assert first[0] == first[2] and first[0][0] != first[3][0]
+    assert second == [] and third[0][0] == pytest.approx(first[3][0], abs=1e-5)
+
+
+def test_scorer_from_anchor_asks_to_translate_the_anchor(reward_path):
+    scorer = RewardModelScorer(RewardModelScoring(model=reward_path, prompt="from_anchor"))
+    own = load_rewarder(reward_path)
+    asked = "Translate the following text from English into French:\nEnglish: the cat\nFrench:"
+    expected = own.rewards([([{"role": "user", "content": asked}], "le chat")])[0]
+    found, missing = scorer.score([row(), row(anchor=None, candidates=["le chat"])])
+    assert found[0][1] == expected[1]
+    assert found[0][0] == pytest.approx(expected[0], abs=1e-5)
+    assert missing == [(None, "error")]
+
+
+def test_a_reward_model_is_a_language_model_with_another_head(policy, reward_path):
+    language_model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).state_dict()
+    for name, tensor in load_file(f"{reward_path}/model.safetensors").items():
+        assert name == "score.weight" or torch.equal(tensor, language_model[name])
