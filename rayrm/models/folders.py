@@ -1,0 +1,67 @@
+"""Where a model's files are: a local folder, any fsspec URL, or the hub."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rayrm import files
+from rayrm.errors import CheckpointError
+
+
+def check_model(path: str) -> None:
+    """Raise CheckpointError unless `path` reads like a hub id, or holds a config and all of a model's weights."""
+    if files.is_hub_id(path):
+        return
+    if not files.exists(path):
+        raise CheckpointError(f"There is no model at '{path}'; give a folder with a model, or a hub id 'owner/name'.")
+    fs, inner = files.filesystem(path)
+    names = {Path(name).name for name in fs.find(inner, maxdepth=1)} if fs.isdir(inner) else set()
+    if "config.json" not in names:
+        deeper = files.join(path, "model")
+        hint = f"'{deeper}' holds one" if files.exists(files.join(deeper, "config.json")) else "give a model's folder"
+        raise CheckpointError(f"'{path}' holds no model, for it has no config.json; {hint}.")
+    index = next(
+        (name for name in sorted(names) if name.endswith((".safetensors.index.json", ".bin.index.json"))), None
+    )
+    if index:
+        wanted = set(files.read_json(files.join(path, index))["weight_map"].values())
+    else:
+        wanted = {name for name in names if name.endswith((".safetensors", ".bin"))} or {"model.safetensors"}
+    if missing := sorted(wanted - names):
+        raise CheckpointError(f"The model at '{path}' is not whole: it lacks {', '.join(missing[:3])}.")
+
+
+def local_model(path: str) -> str:
+    """What transformers and vLLM can load for `path`: a local folder or hub id as it is, else a copy on this machine.
+
+    The copy stands in the temporary folder under the content's fingerprint, and is made once a machine.
+    """
+    if "://" not in path:
+        return path
+    fs, inner = files.filesystem(path)
+    folder = Path(tempfile.gettempdir()) / "rayrm_models" / files.digest([path, files.fingerprint(path)])
+    if not folder.exists():
+        folder.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            fs.get(f"{inner}/", f"{scratch}/model/", recursive=True)
+            try:
+                os.rename(Path(scratch) / "model", folder)
+            except OSError:
+                # Another process of this machine was faster, and its copy is the same.
+                if not folder.exists():
+                    raise
+    return str(folder)
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of the model at `path`. Raises CheckpointError when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(local_model(path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
+        raise CheckpointError(f"There is no tokenizer that loads at '{path}': {reason}.") from error

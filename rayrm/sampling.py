@@ -1,0 +1,125 @@
+"""Sample candidates for every prompt from a policy, by vLLM."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import pyarrow as pa
+from pydantic import Field
+
+from rayrm.config import NOT_IDENTITY, Workers
+from rayrm.models.folders import check_model, load_tokenizer, local_model
+from rayrm.models.rendering import Renderer, load_template
+from rayrm.models.vllm import DecodingConfig, Engine, EngineConfig, PromptTokens, check_build
+from rayrm.prompts import anchored_prompt, direct_prompt
+from rayrm.rows import TEXTS, on_kept, set_column
+from rayrm.runs import INPUT
+from rayrm.seeds import seed_of
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+READS = ("id", "lang", "prompt", "source", "anchor", "src_lang", "tgt_lang")
+
+
+class SamplingConfig(DecodingConfig):
+    """Which policy answers which prompt, and how its answers are drawn."""
+
+    model: str = Field(json_schema_extra=INPUT)  # type: ignore[arg-type]
+    """Folder or hub id of a causal language model."""
+    prompt: Literal["as_is", "direct", "anchored"] = "as_is"
+    """What the policy reads: the row's prompt, or an instruction made of its source, without or with its English
+    anchor. The row's own prompt stays as it is, so that what was sampled with an anchor can be learned without."""
+    chat_template: str | None = None
+    """Name or path of a chat template, or none to continue plain text; null for the tokenizer's own."""
+    seed: int = 0
+    """Seed of all draws; a row's draws hang on its id and language alone."""
+    engine: EngineConfig = EngineConfig()
+    """How vLLM holds and runs the model."""
+    workers: Workers = Field(default_factory=Workers, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
+    """Actors that sample, one engine in each."""
+
+
+def sample_candidates(prompts: Dataset, config: SamplingConfig) -> Dataset:
+    """`num_candidates` candidates for each prompt, in the order of their seeds.
+
+    Adds `candidates`, and `num_unfinished`: how many of them were cut at `max_tokens` or at the model's limit.
+    Dropped and counted: a prompt that leaves no room for `min_tokens` (`overlength`), one without a token
+    (`empty_prompt`), and a row that lacks what `prompt` needs (`no_source`, `no_anchor`).
+    """
+    return prompts.map_batches(
+        CandidateSampler,
+        fn_constructor_args=(config,),
+        batch_format="pyarrow",
+        batch_size=None,
+        **config.workers.pool(),
+    )
+
+
+def check_sampling(config: SamplingConfig) -> None:
+    """Check on the driver what would fail in the actors: the build of vLLM, the model's files, its chat template.
+
+    Raises ConfigError or CheckpointError.
+    """
+    check_build(config.engine, config.workers.num_gpus)
+    check_model(config.model)
+    load_template(config.chat_template, load_tokenizer(config.model, config.engine.trust_remote_code), config.model)
+
+
+class CandidateSampler:
+    """A loaded policy. Raises CheckpointError when it or its tokenizer does not load."""
+
+    def __init__(self, config: SamplingConfig) -> None:
+        self.config = config
+        self.engine = Engine(local_model(config.model), config.engine, max(1, int(config.workers.num_cpus)))
+        tokenizer = load_tokenizer(config.model, config.engine.trust_remote_code)
+        self.renderer = Renderer(tokenizer, load_template(config.chat_template, tokenizer, config.model))
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Prompt rows of whole shards → the same rows with candidates."""
+        return on_kept(table, self._sample)
+
+    def _sample(self, table: pa.Table) -> pa.Table:
+        rows = table.select(READS).to_pylist()
+        found = [prompt_ids(row, self.renderer, self.config, self.engine.max_model_len) for row in rows]
+        todo = [(i, ids) for i, (ids, _) in enumerate(found) if ids is not None]
+        seeds = [seed_of(self.config.seed, rows[i]["id"], rows[i]["lang"]) for i, _ in todo]
+        completions = self.engine.generate([ids for _, ids in todo], seeds, self.config)
+        texts: list[Any] = [None] * len(rows)
+        unfinished: list[Any] = [None] * len(rows)
+        for (i, _), group in zip(todo, completions, strict=True):
+            texts[i] = [item.text for item in group]
+            unfinished[i] = sum(not item.is_finished for item in group)
+        reasons = [[reason] if reason else [] for _, reason in found]
+        dropped = [old + new for old, new in zip(table["_dropped"].to_pylist(), reasons, strict=True)]
+        table = set_column(table, "candidates", pa.array(texts, TEXTS))
+        table = set_column(table, "num_unfinished", pa.array(unfinished, pa.int64()))
+        table = set_column(table, "_kept", pa.array([ids is not None for ids, _ in found], pa.bool_()))
+        return set_column(table, "_dropped", pa.array(dropped, TEXTS))
+
+    def prompt_tokens(self) -> PromptTokens:
+        """Prompt tokens that the engine computed and shared so far."""
+        return self.engine.prompt_tokens()
+
+
+def prompt_ids(
+    row: dict[str, Any], renderer: Renderer, config: SamplingConfig, max_model_len: int
+) -> tuple[list[int] | None, str | None]:
+    """What the policy continues for a row; or None and the reason why the row is dropped."""
+    messages = row["prompt"]
+    if config.prompt != "as_is":
+        if not (row["source"] and row["src_lang"] and row["tgt_lang"]):
+            return None, "no_source"
+        if config.prompt == "direct":
+            text = direct_prompt(row["source"], row["src_lang"], row["tgt_lang"])
+        elif not row["anchor"]:
+            return None, "no_anchor"
+        else:
+            text = anchored_prompt(row["source"], row["anchor"], row["src_lang"], row["tgt_lang"])
+        messages = [{"role": "user", "content": text}]
+    ids = renderer.prompt_ids(messages)
+    if not ids:
+        return None, "empty_prompt"
+    if len(ids) + max(1, config.min_tokens) > max_model_len:
+        return None, "overlength"
+    return ids, None
