@@ -91,8 +91,9 @@ def iter_tables(path: str, columns: list[str] | None = None, num_rows: int = 1 <
         with fs.open(inner, "rb") as handle:
             file = _read(name, lambda handle=handle: pq.ParquetFile(handle))  # type: ignore[misc]
             wanted = columns and [c for c in columns if c in file.schema_arrow.names]
-            for batch in file.iter_batches(num_rows, columns=wanted):
-                yield pa.Table.from_batches([batch])
+            batches = file.iter_batches(num_rows, columns=wanted)
+            while (batch := _read(name, lambda batches=batches: next(batches, None))) is not None:  # type: ignore[misc]
+                yield pa.Table.from_batches([batch]).replace_schema_metadata(None)
 
 
 def _count(name: str) -> int:
