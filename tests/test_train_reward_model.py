@@ -1,0 +1,401 @@
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rayrm.config import build_config
+from rayrm.errors import CheckpointError, ConfigError, OutputExistsError, SchemaError
+from rayrm.models.creation import CreationConfig, create_model
+from rayrm.training.batches import batch_of_step, micro_batches, steps_per_epoch
+from rayrm.training.objectives import BradleyTerry, bradley_terry_loss
+from rayrm.training.optimization import Optimization
+from rayrm.training.preferences import make_renderer, render_row, render_shard
+from rayrm.training.reward_metrics import measure_pairs
+from rayrm.training.reward_model import RewardModelJob, train_reward_model
+
+SIZES = CreationConfig(vocab_size=320, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=2, max_length=128)
+NUM_ROWS = 60
+
+
+def message(text, role="assistant"):
+    return [{"role": role, "content": text}]
+
+
+def preference(index, rng):
+    question = " ".join(rng.choice(["one", "two", "three"]) for _ in range(rng.randint(1, 9)))
+    sides = [word + " " + question[: rng.randint(1, 20)] for word in ("good", "bad")]
+    return {
+        "id": f"r{index}",
+        "group": f"g{index // 2}",
+        "prompt": message(question, "user"),
+        "chosen": message(sides[0]),
+        "rejected": message(sides[1]),
+        "margin": 0.5,
+        "src_lang": "en",
+        "tgt_lang": ["de", "fr"][index % 2],
+        "lang": ["de", "fr"][index % 2],
+        "subset": None,
+    }
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A tiny policy, and pairs whose chosen side is the one that begins with another word."""
+    folder = tmp_path_factory.mktemp("rewards")
+    create_model(["one two three good bad"] * 9, SIZES, f"{folder}/policy")
+    rng = random.Random(0)
+    rows = [preference(index, rng) for index in range(NUM_ROWS)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "preferences.parquet")
+    return folder
+
+
+def make_job(data, output, workers=1, zero_stage=0, save_steps=100, **training):
+    values = {
+        "input": f"{data}/preferences.parquet",
+        "output": str(output),
+        "training": {
+            "model": f"{data}/policy",
+            "max_length": 96,
+            "lr": 1e-3,
+            "global_batch_size": 14,
+            "micro_batch_size": 3,
+            "held_out_fraction": 0.2,
+            "max_steps": 8,
+            "eval_steps": 4,
+            "seed": 1,
+            **training,
+        },
+        "workers": {"num_workers": workers},
+        "parallelism": {"zero_stage": zero_stage},
+        "save_steps": save_steps,
+        "log_steps": 2,
+        "report_to": "none",
+    }
+    return build_config(RewardModelJob, values, "the test")
+
+
+# The order of rows, the learning rate, the loss.
+
+
+def test_every_epoch_takes_every_row_once_in_an_order_of_its_own():
+    assert steps_per_epoch(10, 4) == 3
+    epochs = [[batch_of_step(3 * epoch + k, 10, 4, seed=7) for k in range(3)] for epoch in range(2)]
+    for batches in epochs:
+        assert [len(batch) for batch in batches] == [4, 4, 2]
+        assert sorted(row for batch in batches for row in batch) == list(range(10))
+    assert epochs[0] != epochs[1]
+    assert batch_of_step(4, 10, 4, seed=7) == epochs[1][1] and batch_of_step(4, 10, 4, seed=8) != epochs[1][1]
+
+
+def test_workers_make_the_same_number_of_passes_over_rows_of_like_length():
+    lengths = [5, 9, 1, 7, 3, 8, 2]
+    shares = [list(micro_batches(range(7), lengths, 2, rank, 3)) for rank in range(3)]
+    assert shares == [[[1, 0], [2]], [[5, 4], []], [[3, 6], []]]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]),
+        ("linear", [0.25, 0.5, 0.75, 1, 6 / 7, 5 / 7, 4 / 7, 3 / 7, 2 / 7, 1 / 7]),
+        ("cosine", [0.25, 0.5, 0.75] + [0.5 * (1 + math.cos(math.pi * k / 7)) for k in range(7)]),
+    ],
+)
+def test_learning_rate_warms_up_and_follows_its_schedule(schedule, expected):
+    rates = Optimization(lr=2.0, warmup_fraction=0.3, schedule=schedule)
+    assert [rates.rate_at(step, 10) / 2 for step in range(10)] == pytest.approx(expected)
+
+
+def test_matrices_decay_and_norms_and_biases_do_not():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    model[0].weight.requires_grad_(True)
+    groups = Optimization(weight_decay=0.1).optimizer(model).param_groups
+    assert [[p.shape for p in group["params"]] for group in groups] == [[(2, 3)], [(2,), (2,), (2,)]]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+
+
+def test_bradley_terry_loss_by_hand():
+    chosen, rejected = torch.tensor([1.0, 0.0, -200.0]), torch.tensor([1.0, math.log(3), 200.0])
+    margin = torch.tensor([0.0, -math.log(3), 0.0])
+    plain = bradley_terry_loss(BradleyTerry(), chosen, rejected, margin)
+    assert plain.tolist() == pytest.approx([math.log(2), math.log(4), 400.0])
+    with_margin = bradley_terry_loss(BradleyTerry(use_margin=True), chosen, rejected, margin)
+    assert with_margin.tolist() == pytest.approx([math.log(2), math.log(2), 400.0])
+
+
+def test_metrics_count_ties_as_misses_by_language():
+    rewards = np.array([[2.0, 1.0, 0.0, 3.0], [1.0, 1.0, 2.0, 0.0]])
+    found = measure_pairs(rewards, np.array([1.0, 2.0, 3.0, 4.0]), ["en-de", "en-de", "en-fr", "en-fr"])
+    assert found["eval_accuracy"] == 0.5 and found["eval_margin"] == 0.5 and found["eval_loss"] == 2.5
+    assert found["eval_accuracy/en-de"] == 0.5 and found["eval_margin/en-fr"] == 0.5
+    assert found["eval_chosen_reward"] == 1.5 and found["eval_rejected_reward"] == 1.0
+
+
+# Rows → ids.
+
+
+def render(data, row, **training):
+    settings = make_job(data, "nowhere", **training).training
+    renderer = make_renderer(settings.model, settings.chat_template, settings.max_length)
+    return render_row(row, renderer, settings)
+
+
+def test_rendered_sides_share_the_prompt(data):
+    row = preference(0, random.Random(0))
+    found, _ = render(data, row)
+    renderer = make_renderer(f"{data}/policy", None, 96)
+    assert found["language"] == "en-de" and found["margin"] == 0.0
+    assert found["chosen"] == renderer.pair_ids(row["prompt"], row["chosen"][0]["content"]).ids
+    turns = [{"role": "user", "content": "more"}, {"role": "assistant", "content": "good"}]
+    found, _ = render(data, row | {"chosen": [*row["chosen"], *turns], "src_lang": None})
+    assert found["chosen"] == renderer.pair_ids([*row["prompt"], *row["chosen"], turns[0]], "good").ids
+    assert found["language"] == "de"
+
+
+@pytest.mark.parametrize(
+    ("changes", "training", "reason"),
+    [
+        ({"chosen": []}, {}, "not_ending_in_assistant"),
+        ({"rejected": message("hm", "user")}, {}, "not_ending_in_assistant"),
+        ({"rejected": message(" ")}, {}, "empty_content"),
+        ({"rejected": message("same"), "chosen": message("same")}, {}, "identical_responses"),
+        ({"margin": None}, {"objective": {"use_margin": True}}, "margin_not_finite"),
+        ({"margin": math.inf}, {"objective": {"use_margin": True}}, "margin_not_finite"),
+        ({"chosen": message("good " * 120)}, {}, "overlength"),
+        ({"chosen": message("good " * 120)}, {"on_overlength": "truncate_prompt_left"}, "overlength"),
+        ({"prompt": message("one " * 120, "user")}, {}, "overlength"),
+    ],
+)
+def test_pairs_that_are_no_use_have_a_reason(data, changes, training, reason):
+    assert render(data, preference(0, random.Random(0)) | changes, **training) == (None, reason)
+
+
+def test_long_prompts_are_cut_when_asked_to(data):
+    row = preference(0, random.Random(0)) | {"prompt": message("one " * 120, "user")}
+    found, _ = render(data, row, on_overlength="truncate_prompt_left")
+    assert len(found["chosen"]) == len(found["rejected"]) == 96
+
+
+# Training, in this process.
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A process group of one, as a Ray Train worker has it."""
+    import torch.distributed as dist
+
+    from rayrm.training.launch import prepare_worker
+
+    prepare_worker(1, use_gpu=False)
+    environment = pytest.MonkeyPatch()
+    environment.setenv("LOCAL_RANK", "0")
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+    environment.undo()
+
+
+def start(job):
+    """A trainer of this process with its rows rendered."""
+    from rayrm.shards import list_shards
+    from rayrm.training.reward_loop import RewardTrainer
+
+    table, dropped, _ = render_shard(list_shards(job.input, 1000)[0], job.training)
+    assert not dropped
+    Path(job.output).mkdir(exist_ok=True)
+    pq.write_table(table, f"{job.output}/rendered.parquet")
+    return RewardTrainer(job, job.training.micro_batch_size)
+
+
+def weights_of(trainer):
+    return {name: p.detach().clone() for name, p in trainer.engine.module.network.named_parameters()}
+
+
+def assert_same_weights(found, expected, tolerance):
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_gradient_of_a_step_is_that_of_plain_torch(data, tmp_path, alone, monkeypatch):
+    """Uneven micro batches add up to the gradient of the mean loss over the whole batch."""
+    job = make_job(data, tmp_path / "run", warmup_fraction=0.0, held_out_fraction=0.0)
+    trainer = start(job)
+    from rayrm.models.reward_model import load_reward_model, pad_right
+
+    model = load_reward_model(job.training.model, head_seed=job.training.seed)
+    assert_same_weights(weights_of(trainer), dict(model.network.named_parameters()), 0.0)
+    rows = batch_of_step(0, NUM_ROWS, 14, job.training.seed)
+    pairs, losses = trainer.pairs, []
+    for row in rows:
+        rewards = [model(*pad_right([side[row]], 0, "cpu")) for side in (pairs.chosen, pairs.rejected)]
+        losses.append(-torch.log(torch.sigmoid(rewards[0] - rewards[1])))
+    torch.cat(losses).mean().backward()
+    found = {}
+    network = trainer.engine.module.network
+    monkeypatch.setattr(
+        trainer.engine, "step", lambda: found.update((name, p.grad.clone()) for name, p in network.named_parameters())
+    )
+    trainer.train_step()
+    expected = {name: parameter.grad for name, parameter in model.network.named_parameters()}
+    assert len(rows) == 14 and expected["score.weight"].norm() > 0.1
+    assert_same_weights(found, expected, 2e-6)
+    assert trainer.sums[0] == pytest.approx(sum(loss.item() for loss in losses), rel=1e-4)
+    assert trainer.sums[-1] == 14
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_an_interrupted_run_ends_like_one_that_was_not(data, tmp_path, alone, monkeypatch, zero_stage):
+    import shutil
+
+    from ray import train
+
+    from rayrm.training.checkpoints import gather_state
+
+    def report(metrics, checkpoint, checkpoint_dir_name):
+        shutil.copytree(checkpoint.path, tmp_path / checkpoint_dir_name)
+
+    monkeypatch.setattr(train, "report", report)
+    job = make_job(data, tmp_path / "run", zero_stage=zero_stage, save_steps=3)
+    whole = start(job)
+    whole.train(show_progress=False)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-3", "step-6"]
+    resumed = start(job)
+    resumed.load(str(tmp_path / "step-3"))
+    shutil.rmtree(tmp_path / "step-6")
+    assert resumed.step == 3
+    resumed.train(show_progress=False)
+    states = [gather_state(trainer.engine.module.network) for trainer in (resumed, whole)]
+    assert_same_weights(*states, 1e-7)
+    assert states[0]["score.weight"].shape == (1, 64)
+    timeless = [[{k: v for k, v in r.items() if k != "step_s"} for r in t.history] for t in (resumed, whole)]
+    assert [[r["step"] for r in history] for history in timeless] == [[2, 4, 4, 6, 8, 8]] * 2
+    for found, expected in zip(*timeless, strict=True):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_a_simple_preference_is_learned_and_evaluated_exactly(data, tmp_path, alone):
+    trainer = start(make_job(data, tmp_path / "run", max_steps=12))
+    before = trainer.evaluate()
+    trainer.train(show_progress=False)
+    after = trainer.history[-1]
+    num = {
+        name: [trainer.pairs.languages[row] for row in trainer.pairs.held_out].count(name)
+        for name in ("en-de", "en-fr")
+    }
+    assert sum(num.values()) == len(trainer.pairs.held_out) > 4
+    assert after["eval_accuracy"] == 1.0 and after["eval_loss"] < 0.5 * before["eval_loss"]
+    share = sum(before[f"eval_accuracy/{name}"] * num[name] for name in num) / sum(num.values())
+    assert before["eval_accuracy"] == pytest.approx(share)
+
+
+def test_micro_batches_do_not_change_the_result(data, tmp_path, alone):
+    found = []
+    for size in (1, 14):
+        trainer = start(make_job(data, tmp_path / f"run{size}", micro_batch_size=size, max_steps=2))
+        trainer.train(show_progress=False)
+        found.append(weights_of(trainer))
+    assert_same_weights(*found, 2e-5)
+
+
+def test_low_rank_updates_are_merged_and_the_head_is_trained(data, tmp_path, alone):
+    from rayrm.models.reward_model import Rendering, load_reward_model, load_rewarder
+
+    trainer = start(make_job(data, tmp_path / "run", lora={"r": 4, "alpha": 8, "dropout": 0.1}, max_steps=3))
+    trainer.train(show_progress=False)
+    probe = [{"id": "p", **{name: preference(5, random.Random(3))[name] for name in ("prompt", "chosen", "rejected")}}]
+    facts = trainer.finish(probe)
+    base = load_reward_model(f"{data}/policy", head_seed=1).network.state_dict()
+    saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert saved.keys() == base.keys()
+    changed = {name for name, tensor in saved.items() if not torch.equal(tensor, base[name])}
+    assert "score.weight" in changed and "model.layers.0.self_attn.q_proj.weight" in changed
+    assert "model.embed_tokens.weight" not in changed and "model.norm.weight" not in changed
+    rewarder = load_rewarder(str(tmp_path / "run" / "model"), Rendering(max_length=96))
+    pairs = [(probe[0]["prompt"], probe[0][name][0]["content"]) for name in ("chosen", "rejected")]
+    assert [reward for reward, _ in rewarder.rewards(pairs)] == pytest.approx(facts["probe"][0]["rewards"], abs=1e-5)
+
+
+# The whole job, on Ray.
+
+
+@pytest.mark.ray
+def test_two_workers_with_zero_3_end_like_one_and_are_verified(data, tmp_path, ray_cluster, alone):
+    from rayrm.models.reward_model import load_rewarder
+
+    trainer = start(make_job(data, tmp_path / "alone"))
+    trainer.train(show_progress=False)
+    job = make_job(data, tmp_path / "two", workers=2, zero_stage=3, save_steps=3)
+    done = train_reward_model(job)
+    saved = load_file(tmp_path / "two" / "model" / "model.safetensors")
+    # Adam divides by the size of a gradient, so where that is rounding error a weight may go either way.
+    for name, expected in weights_of(trainer).items():
+        difference = (saved[name] - expected).abs()
+        assert difference.max() < 2e-3 and difference.mean() < 1e-5, name
+    assert done["steps"] == 8 and done["objective"] == {"type": "bradley_terry", "use_margin": False}
+    assert done["counts"]["read"] == NUM_ROWS == done["counts"]["train"] + done["counts"]["held_out"]
+    assert done["metrics"]["eval_accuracy"] == pytest.approx(trainer.history[-1]["eval_accuracy"])
+    assert done["metrics"]["eval_loss"] == pytest.approx(trainer.history[-1]["eval_loss"], abs=1e-4)
+    rewarder = load_rewarder(str(tmp_path / "two" / "model"))
+    assert rewarder.is_verified and rewarder.renderer.max_length == 96
+    for row in done["probe"]:
+        assert row["is_held_out"]
+        pairs = [(row["prompt"], row[name][0]["content"]) for name in ("chosen", "rejected")]
+        assert [reward for reward, _ in rewarder.rewards(pairs)] == pytest.approx(row["rewards"], abs=1e-4)
+    lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 4, 6, 8, 8]
+    for found, expected in zip(lines, trainer.history, strict=True):
+        assert found.get("loss", 0) == pytest.approx(expected.get("loss", 0), abs=1e-4)
+    assert (tmp_path / "two" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in (tmp_path / "two" / "state").glob("step-*")) == ["step-3", "step-6"]
+    assert train_reward_model(job) == done
+    with pytest.raises(OutputExistsError, match="training.lr"):
+        train_reward_model(make_job(data, tmp_path / "two", workers=2, zero_stage=3, lr=1e-4))
+
+
+@pytest.mark.ray
+def test_faults_of_the_input_are_found_before_workers_start(data, tmp_path, ray_cluster):
+    def run(name, rows=None, **training):
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(pq.read_table(data / "preferences.parquet") if rows is None else rows, path)
+        job = make_job(data, tmp_path / name, **training).model_copy(update={"input": str(path)})
+        return train_reward_model(job)
+
+    with pytest.raises(SchemaError, match="lacks chosen"):
+        run("columns", pa.table({"id": ["a"], "group": ["a"], "prompt": [[]], "rejected": [[]], "lang": ["de"]}))
+    with pytest.raises(SchemaError, match="holds no rows"):
+        run("empty", pq.read_table(data / "preferences.parquet").slice(0, 0))
+    with pytest.raises(CheckpointError, match="no model"):
+        run("model", model=f"{data}/nowhere")
+    with pytest.raises(ConfigError, match="chat_template 'no' is no file"):
+        run("template", chat_template="no")
+    with pytest.raises(SchemaError, match=rf"{NUM_ROWS} of {NUM_ROWS} pairs .* are longer than 8 tokens"):
+        run("long", max_length=8, on_overlength="error")
+    with pytest.raises(SchemaError, match=rf"None of the {NUM_ROWS} rows .* \({NUM_ROWS} overlength\)"):
+        run("all", max_length=8)
+    with pytest.raises(ConfigError, match="holds out none of the groups"):
+        run("split", held_out_fraction=1e-6)
+
+
+@pytest.mark.ray
+def test_a_saved_model_that_gives_other_rewards_is_refused(data, tmp_path, ray_cluster, alone):
+    from rayrm.training.launch import TrainingWorkers
+    from rayrm.training.probes import check_saved
+
+    trainer = start(make_job(data, tmp_path / "run", max_steps=1))
+    probe = [{"id": "p", **{name: preference(5, random.Random(3))[name] for name in ("prompt", "chosen", "rejected")}}]
+    facts = trainer.finish(probe)
+    path, rendering = f"{tmp_path}/run/model", {"chat_template": None, "max_length": 96}
+    rendering["fingerprint"] = trainer.renderer.fingerprint()
+    check_saved(path, rendering, facts["probe"], "fp32", TrainingWorkers())
+    probe = [facts["probe"][0] | {"rewards": [facts["probe"][0]["rewards"][0] + 0.01, 0.0]}]
+    with pytest.raises(CheckpointError, match="before it was saved; it is not marked complete"):
+        check_saved(path, rendering, probe, "fp32", TrainingWorkers())
