@@ -32,7 +32,7 @@ def list_files(path: str) -> list[str]:
     if not fs.exists(inner):
         raise ConfigError(f"There is nothing at '{path}'; give a parquet or JSONL file, or a folder of them.")
     names = sorted(fs.find(inner)) if fs.isdir(inner) else [inner]
-    found = [name for name in names if name.endswith((".parquet", ".jsonl")) and "/." not in name]
+    found = [name for name in names if name.endswith((".parquet", ".jsonl")) and "/." not in name[len(inner) :]]
     if not found:
         raise ConfigError(f"'{path}' holds no .parquet or .jsonl file.")
     return [fs.unstrip_protocol(name) if "file" not in fs.protocol else name for name in found]

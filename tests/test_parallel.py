@@ -299,3 +299,11 @@ def test_real_captions(tmp_path, shared_data):
     pairs = Counter(zip(rows["src_lang"].to_pylist(), rows["tgt_lang"].to_pylist(), strict=True))
     assert set(pairs) == {(a, b) for a in ("cs", "de", "fr") for b in ("cs", "de", "fr") if a != b}
     assert set(pairs.values()) == {100}
+
+
+def test_input_may_lie_above_the_working_folder(tmp_path, monkeypatch):
+    pq.write_table(parallel(ROWS), tmp_path / "rows.parquet")
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    prepare_prompts.main(["input=../rows.parquet", "output=out"])
+    assert read_table("out").num_rows == 5
