@@ -151,6 +151,11 @@ def _fill_buffers(model: Any) -> None:
 def save_bleurt(model: Any, vocabulary: Sequence[str], folder: str) -> None:
     """Write a checkpoint with a cased WordPiece vocabulary, as `load_bleurt` and bleurt-pytorch read it."""
     model.save_pretrained(folder)
+    save_vocabulary(vocabulary, folder)
+
+
+def save_vocabulary(vocabulary: Sequence[str], folder: str) -> None:
+    """Write a cased WordPiece vocabulary, as `load_wordpiece` reads it."""
     Path(folder, "vocab.txt").write_text("".join(f"{token}\n" for token in vocabulary), encoding="utf-8")
     settings = {"tokenizer_class": "BleurtTokenizer", "do_lower_case": False, "strip_accents": False}
     files.write_json(files.join(folder, "tokenizer_config.json"), settings)
@@ -168,7 +173,7 @@ def load_tokenizer(path: str, config: Any) -> BleurtTokenizer:
         if sentencepiece_file is not None:
             tokenizer = _load_sentencepiece(sentencepiece_file, config.pad_token_id)
         elif any(find(name) for name in WORDPIECE_FILES):
-            tokenizer = _load_wordpiece(path, config.pad_token_id)
+            tokenizer = load_wordpiece(path, config.pad_token_id)
         else:
             known = ", ".join((SENTENCEPIECE_FILE, *WORDPIECE_FILES))
             raise CheckpointError(f"'{path}' has no tokenizer; a BLEURT checkpoint needs one of {known}.")
@@ -191,7 +196,8 @@ def _load_sentencepiece(file: str, pad_id: int) -> BleurtTokenizer:
     return BleurtTokenizer(pieces.encode, cls_id, sep_id, pad_id, pieces.GetPieceSize())
 
 
-def _load_wordpiece(path: str, pad_id: int) -> BleurtTokenizer:
+def load_wordpiece(path: str, pad_id: int) -> BleurtTokenizer:
+    """bleurt-pytorch's WordPiece tokenizer from a folder or hub id that is known to hold its files."""
     tokenizer = bleurt_classes()[2].from_pretrained(path)
 
     def encode(texts: list[str]) -> list[list[int]]:
