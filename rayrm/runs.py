@@ -71,9 +71,7 @@ def start_run(config: Any, mark: str = files.RUN_MARK) -> bool:
     for name, path in input_paths(config).items():
         if files.join(path, "") == files.join(config.output, ""):
             raise ConfigError(f"'{name}' and 'output' are both '{path}'; a run never writes where it reads.")
-        parent = path.rstrip("/").rpartition("/")[0]
-        owned = files.exists(files.join(path, STARTED)) or (parent and files.exists(files.join(parent, STARTED)))
-        if owned and not _complete(path):
+        if not _is_finished(path):
             raise ConfigError(f"'{name}' is '{path}', a run that has not finished; finish it first.")
         inputs[name] = files.fingerprint(path)
     wanted = {"config": identity(config), "inputs": inputs}
@@ -95,8 +93,13 @@ def start_run(config: Any, mark: str = files.RUN_MARK) -> bool:
     return True
 
 
-def _complete(path: str) -> bool:
-    return any(files.exists(files.join(path, mark)) for mark in (files.RUN_MARK, files.CHECKPOINT_MARK))
+def _is_finished(path: str) -> bool:
+    """False for what a run has begun and not marked complete; true for everything that is no run's."""
+    folders = [path.rstrip("/"), path.rstrip("/").rpartition("/")[0]]
+    if not any(folder and files.exists(files.join(folder, STARTED)) for folder in folders):
+        return True
+    marks = (files.RUN_MARK, files.CHECKPOINT_MARK)
+    return any(folder and files.exists(files.join(folder, mark)) for folder in folders for mark in marks)
 
 
 def finish_run(config: Any, facts: dict[str, Any], mark: str = files.RUN_MARK) -> dict[str, Any]:

@@ -29,8 +29,8 @@ def work(tmp_path_factory):
     from jobs import create_model, prepare_prompts, write_corpus
 
     folder = tmp_path_factory.mktemp("kills")
-    write_corpus.main([f"output={folder}/corpus", "num_sentences=200"])
-    prepare_prompts.main([f"input={folder}/corpus", f"output={folder}/all"])
+    write_corpus.main([f"output={folder}/corpus", "grammar.num_sentences=200"])
+    prepare_prompts.main([f"input={folder}/corpus/corpus.parquet", f"output={folder}/all"])
     pq.write_table(read_table(f"{folder}/all").slice(0, NUM_ROWS), folder / "prompts.parquet")
     create_model.main(
         [f"input={folder}/prompts.parquet", f"output={folder}/policy", "model.hidden_size=64", "model.num_layers=2"]
