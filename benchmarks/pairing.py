@@ -43,7 +43,7 @@ def main() -> None:
         # The first Dataset of a process starts workers and imports; that is left out.
         write_scored(folder / "small.parquet", 20_000)
         run_job(folder, "small")
-        quarter_s, quarter_memory = measure(lambda: run_job(folder, "quarter"))
+        _, quarter_memory = measure(lambda: run_job(folder, "quarter"))
         job_s, memory = measure(lambda: run_job(folder, "whole"))
     finally:
         ray.shutdown()
@@ -54,8 +54,10 @@ def main() -> None:
     print(f"job:  {num_rows / job_s:10,.0f} rows/s  ({job_s:.1f} s, {job:,} pairs)")
     print(f"loop: {num_rows / loop_s:10,.0f} rows/s  ({loop_s:.1f} s, {loop:,} pairs)")
     print(f"ratio {loop_s / job_s:.2f} (at least 1 is asked)")
-    print(f"peak memory of the job, all its processes: {quarter_memory:,.0f} MiB for {num_rows // 4:,} rows")
-    print(f"  ({quarter_s:.1f} s), {memory:,.0f} MiB for {num_rows:,} rows; of the loop {loop_memory:,.0f} MiB")
+    print(f"peak memory of the job, all its processes: {quarter_memory:,.0f} MiB for {num_rows // 4:,} rows,")
+    print(
+        f"{memory:,.0f} MiB for {num_rows:,} rows (growth {memory / quarter_memory:.2f}x); the loop {loop_memory:,.0f} MiB"
+    )
 
 
 def write_scored(path: Path, num_rows: int, chunk: int = 50_000) -> None:
