@@ -11,6 +11,7 @@ from typing import Any
 
 from rayrm import files
 from rayrm.errors import CheckpointError
+from rayrm.models.folders import local_model
 from rayrm.training.launch import MODEL
 
 
@@ -98,24 +99,6 @@ def publish(folder: Path, path: str) -> None:
         shutil.move(folder, path)
 
 
-def fetch_model(path: str, scratch: str, weights: bool = True) -> str:
-    """What transformers can load for `path`: a local folder or hub id as it is, a URL's files copied into `scratch`.
-
-    Without `weights`, only the config and the tokenizer are copied. Raises CheckpointError when a URL holds nothing.
-    """
-    if "://" not in path:
-        return path
-    fs, inner = files.filesystem(path)
-    names = [name for name in fs.find(inner) if weights or not name.endswith((".safetensors", ".bin"))]
-    if not names:
-        raise CheckpointError(f"There is no model at '{path}'.")
-    for name in names:
-        target = Path(scratch) / name[len(inner) :].lstrip("/")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        fs.get_file(name, str(target))
-    return scratch
-
-
 def push_to_hub(path: str, hub_id: str) -> None:
     """Upload the folder `path` to the private model repository `hub_id`, which is made when it is not there.
 
@@ -124,13 +107,11 @@ def push_to_hub(path: str, hub_id: str) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    with TemporaryDirectory() as scratch:
-        folder = fetch_model(path, scratch)
-        try:
-            HfApi().create_repo(hub_id, private=True, exist_ok=True)
-            HfApi().upload_folder(repo_id=hub_id, folder_path=folder)
-        except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(
-                f"'{path}' could not be pushed to '{hub_id}': {reason}; it stays there, run again to push."
-            ) from error
+    try:
+        HfApi().create_repo(hub_id, private=True, exist_ok=True)
+        HfApi().upload_folder(repo_id=hub_id, folder_path=local_model(path))
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"'{path}' could not be pushed to '{hub_id}': {reason}; it stays there, run again to push."
+        ) from error

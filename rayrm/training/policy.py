@@ -6,7 +6,6 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -14,11 +13,11 @@ from pydantic import Field, model_validator
 from rayrm import files
 from rayrm.config import NOT_IDENTITY, Config
 from rayrm.errors import CheckpointError, ConfigError, SchemaError
+from rayrm.models.folders import check_model, load_tokenizer
 from rayrm.models.rendering import load_template
 from rayrm.rows import Prompt
 from rayrm.runs import INPUT
 from rayrm.shards import list_shards, read_shard
-from rayrm.training.checkpoints import fetch_model
 from rayrm.training.launch import Parallelism, TrainingWorkers, launch
 from rayrm.training.memory import fitting_micro_batch
 
@@ -174,18 +173,9 @@ def check_policy(job: PolicyJob) -> str | None:
         raise SchemaError(f"'{job.input}' lacks the column reference, which a policy learns to write.")
     if job.training.load_in_8bit and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("load_in_8bit needs bitsandbytes, which is not installed; pip install 'rayrm[gpu]'.")
-    from transformers import AutoConfig, AutoTokenizer
-
     path = job.training.model
-    with TemporaryDirectory() as scratch:
-        try:
-            folder = fetch_model(path, scratch, weights=False)
-            AutoConfig.from_pretrained(folder)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"There is no model with a tokenizer at '{path}': {reason}") from error
-        return load_template(job.training.chat_template, tokenizer, path)
+    check_model(path)
+    return load_template(job.training.chat_template, load_tokenizer(path), path)
 
 
 def _absolute(job: PolicyJob) -> PolicyJob:

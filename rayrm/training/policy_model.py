@@ -11,16 +11,17 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from rayrm.models.folders import local_model
 from rayrm.models.rendering import Renderer
-from rayrm.training.checkpoints import export_model, fetch_model, gather_state
+from rayrm.training.checkpoints import export_model, gather_state
 
 if TYPE_CHECKING:
     from rayrm.training.policy import SupervisedFinetuning
 
 
-def load_tokenizer(training: SupervisedFinetuning, template: str | None, scratch: str) -> Any:
+def load_tokenizer(training: SupervisedFinetuning, template: str | None) -> Any:
     """The model's tokenizer with the tokens and the chat template that it is saved with."""
-    tokenizer = AutoTokenizer.from_pretrained(_fetch(training, scratch))
+    tokenizer = AutoTokenizer.from_pretrained(local_model(training.model))
     new = [token for token in training.added_special_tokens if token not in tokenizer.get_vocab()]
     if new:
         tokenizer.add_special_tokens({"extra_special_tokens": new}, replace_extra_special_tokens=False)
@@ -30,9 +31,7 @@ def load_tokenizer(training: SupervisedFinetuning, template: str | None, scratch
     return tokenizer
 
 
-def load_policy(
-    training: SupervisedFinetuning, tokenizer: Any, scratch: str, bf16: bool, load_in_8bit: bool = False
-) -> Any:
+def load_policy(training: SupervisedFinetuning, tokenizer: Any, bf16: bool, load_in_8bit: bool = False) -> Any:
     """The model to train, with room for the tokenizer's tokens and with LoRA updates where they are asked for."""
     set_seed(training.seed)
     quantized: dict[str, Any] = {}
@@ -40,7 +39,7 @@ def load_policy(
         quantized["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
         quantized["device_map"] = {"": torch.cuda.current_device()}
     model = AutoModelForCausalLM.from_pretrained(
-        _fetch(training, scratch),
+        local_model(training.model),
         dtype=torch.bfloat16 if bf16 else torch.float32,
         attn_implementation=training.attn_implementation,
         **quantized,
@@ -63,7 +62,7 @@ def load_policy(
     return get_peft_model(model, lora, autocast_adapter_dtype=False)
 
 
-def export_policy(training: SupervisedFinetuning, trainer: Any, renderer: Renderer, output: str, scratch: str) -> None:
+def export_policy(training: SupervisedFinetuning, trainer: Any, renderer: Renderer, output: str) -> None:
     """Gather, save and verify the trained policy as `<output>/model`; LoRA updates are merged. All ranks call it."""
     trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     model, tokenizer = trainer.model, renderer.tokenizer
@@ -73,7 +72,7 @@ def export_policy(training: SupervisedFinetuning, trainer: Any, renderer: Render
     if training.lora is not None:
         # From here on rank 0 is alone, and what it loads must be whole.
         unset_hf_deepspeed_config()
-        model = load_policy(training, tokenizer, scratch, trainer.args.bf16)
+        model = load_policy(training, tokenizer, trainer.args.bf16)
         model.load_state_dict(state, strict=False)
         model = model.merge_and_unload()
         state = model.state_dict()
@@ -105,7 +104,3 @@ def _embeddings(model: Any) -> list[str]:
     if not model.config.get_text_config().tie_word_embeddings:
         modules.append(model.get_output_embeddings())
     return [name.rsplit(".", 1)[-1] for name, module in model.named_modules() if any(module is m for m in modules)]
-
-
-def _fetch(training: SupervisedFinetuning, scratch: str) -> str:
-    return fetch_model(training.model, str(Path(scratch) / "base"))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
+from datasets.utils.tqdm import disable_progress_bars
 from transformers import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 from trl.data_utils import pack_dataset
@@ -99,6 +100,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     prepare_worker(job.workers.num_cpus, use_gpu=job.workers.num_gpus > 0)
     if not config["show_progress"]:
         disable_progress_bar()
+        disable_progress_bars()
     micro_batch = fitting_micro_batch(job.output, training.micro_batch_size)
     rows_per_worker = training.global_batch_size // num_workers
     with (
@@ -109,21 +111,17 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         _set_trackers(job, scratch)
         # Made before the model, which ZeRO-3 partitions while it loads.
         args = training_arguments(job, micro_batch, scratch, config["show_progress"])
-        tokenizer = load_tokenizer(training, config["template"], scratch)
+        tokenizer = load_tokenizer(training, config["template"])
         renderer = Renderer(tokenizer, config["template"], training.max_length)
-        trainer, counts = build_trainer(job, args, renderer, scratch)
+        trainer, counts = build_trainer(job, args, renderer)
         trainer.train(resume_from_checkpoint=state)
-        if trainer.eval_dataset is not None and trainer.state.global_step % training.eval_steps:
-            trainer.evaluate()
-        export_policy(training, trainer, renderer, job.output, scratch)
+        export_policy(training, trainer, renderer, job.output)
         if dist.get_rank() == 0:
             write_curves(trainer.state.log_history, job.output)
             if "://" in job.output and (Path(scratch) / LOGS).exists():
                 publish(Path(scratch) / LOGS, files.join(job.output, LOGS))
     history = trainer.state.log_history
-    losses: dict[str, Any] = {
-        key: record[key] for record in history for key in ("train_loss", "eval_loss") if key in record
-    }
+    losses: dict[str, Any] = {key: record[key] for record in history for key in ("loss", "eval_loss") if key in record}
     return {
         "objective": training.type,
         "rendering": renderer.fingerprint(),
@@ -134,9 +132,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def build_trainer(
-    job: PolicyJob, args: SFTConfig, renderer: Renderer, scratch: str
-) -> tuple[PolicyTrainer, dict[str, Any]]:
+def build_trainer(job: PolicyJob, args: SFTConfig, renderer: Renderer) -> tuple[PolicyTrainer, dict[str, Any]]:
     """The trainer with its model and rows, and how many rows went where."""
     training = job.training
     train, held_out, counts = read_examples(job.input, renderer, training.held_out_fraction, training.seed)
@@ -144,7 +140,7 @@ def build_trainer(
         train = pack_dataset(train, training.max_length)
         held_out = pack_dataset(held_out, training.max_length) if held_out is not None else None
     trainer = PolicyTrainer(
-        model=load_policy(training, renderer.tokenizer, scratch, bool(args.bf16), training.load_in_8bit),
+        model=load_policy(training, renderer.tokenizer, bool(args.bf16), training.load_in_8bit),
         args=args,
         train_dataset=train,
         eval_dataset=held_out,
