@@ -55,9 +55,8 @@ def main() -> None:
     print(f"loop: {num_rows / loop_s:10,.0f} rows/s  ({loop_s:.1f} s, {loop:,} pairs)")
     print(f"ratio {loop_s / job_s:.2f} (at least 1 is asked)")
     print(f"peak memory of the job, all its processes: {quarter_memory:,.0f} MiB for {num_rows // 4:,} rows,")
-    print(
-        f"{memory:,.0f} MiB for {num_rows:,} rows (growth {memory / quarter_memory:.2f}x); the loop {loop_memory:,.0f} MiB"
-    )
+    print(f"{memory:,.0f} MiB for {num_rows:,} rows (growth {memory / quarter_memory:.2f}x)")
+    print(f"peak memory of the loop: {loop_memory:,.0f} MiB")
 
 
 def write_scored(path: Path, num_rows: int, chunk: int = 50_000) -> None:

@@ -14,7 +14,7 @@ NONE = "-"
 
 
 def count_languages(tables: Iterable[pa.Table]) -> Counter[LangPair]:
-    """Rows by (`src_lang`, `tgt_lang`); a row without a target counts under its `lang`, one without a source under `-`."""
+    """Rows by (`src_lang`, `tgt_lang`); without a target a row counts under its `lang`, without a source under `-`."""
     counts: Counter[LangPair] = Counter()
     for table in tables:
         absent = pa.nulls(table.num_rows, pa.string())
