@@ -155,8 +155,8 @@ def transform_rows(
 ) -> dict[str, Any]:
     """Run `stage` over the shards of `config.input` that `config.output` lacks, and mark the run complete.
 
-    `summarise(output)` adds facts to the mark. Returns the mark. Raises EvaluationError when more than
-    `max_failed_fraction` of the scores failed; what was written stays.
+    `summarise(output)` adds facts to the mark. Returns the mark. Raises EvaluationError when every row was dropped or
+    more than `max_failed_fraction` of the scores failed; what was written stays.
     """
     shards = list_shards(config.input, config.shard_rows)
     if not shards:
@@ -168,6 +168,11 @@ def transform_rows(
             _run_shards(config.output, shards, missing, stage, reads, writes)
         counts = read_counts(config.output, len(shards))
         _check_failures(counts, max_failed_fraction, config.output)
+        if not counts["written"]:
+            raise EvaluationError(
+                f"Nothing of '{config.input}' is left in '{config.output}': {describe_counts(counts)}; "
+                "relax the filter that drops most, into another output."
+            )
         facts = {"counts": counts, **(summarise(config.output) if summarise else {})}
         finish_run(config, facts)
     done: dict[str, Any] = files.read_json(files.join(config.output, files.RUN_MARK))
@@ -184,7 +189,7 @@ def _run_shards(
     writes: RowType,
 ) -> None:
     cluster.connect()
-    from ray.data import DataContext, from_blocks
+    from ray.data import DataContext, TaskPoolStrategy, from_blocks
 
     context = DataContext.get_current()
     context.target_max_block_size = None
@@ -194,7 +199,12 @@ def _run_shards(
     commit = {"output": output, "writes": writes, "total": len(shards), "sizes": [s.num_rows for s in shards]}
     # No CPU, so that a finished shard is committed while the actors hold every CPU.
     committed = stage(rows).map_batches(
-        _commit_block, fn_kwargs=commit, batch_format="pyarrow", batch_size=None, num_cpus=0, concurrency=1
+        _commit_block,
+        fn_kwargs=commit,
+        batch_format="pyarrow",
+        batch_size=None,
+        num_cpus=0,
+        compute=TaskPoolStrategy(1),
     )
     from tqdm import tqdm
 

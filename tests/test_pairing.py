@@ -1,6 +1,5 @@
 """Pairs in the documented meaning of the recipe's options, and the job around them."""
 
-import json
 import math
 
 import pyarrow as pa
@@ -10,7 +9,7 @@ import pytest
 from jobs import build_preferences
 from rayrm import files
 from rayrm.config import build_config
-from rayrm.errors import ConfigError, SchemaError
+from rayrm.errors import ConfigError, EvaluationError, SchemaError
 from rayrm.pairing import Pair, PairingConfig, merge_ranks, pair_row, pair_table, rank_table
 from rayrm.rows import with_hidden
 from rayrm.shards import read_table
@@ -208,13 +207,11 @@ def test_job_limits_prints_stores_and_resumes_exactly_once(tmp_path, ray_cluster
 
 
 @pytest.mark.ray
-def test_job_without_a_single_pair_counts_and_ends_well(tmp_path, ray_cluster):
+def test_job_without_a_single_pair_says_why(tmp_path, ray_cluster):
     path = scored_file(tmp_path / "scored.parquet", 10)
-    build_preferences.main([f"input={path}", f"output={tmp_path / 'out'}", "pairing.min_margin=50"])
-    done = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert done["counts"]["written"] == 0
-    assert done["counts"]["dropped"] == {"narrow_margin": 4, "tie": 6}
-    assert done["languages"]["empty"] == ["en-de", "fr-en"]
+    with pytest.raises(EvaluationError, match="10 rows read, 0 written, dropped: 4 narrow_margin, 6 tie"):
+        build_preferences.main([f"input={path}", f"output={tmp_path / 'out'}", "pairing.min_margin=50"])
+    assert not (tmp_path / "out" / "run.json").exists()
 
 
 def test_bad_input_is_named_and_nothing_is_written(tmp_path):

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayrm import files
-from rayrm.errors import ConfigError, OutputExistsError, SchemaError
+from rayrm.errors import ConfigError, EvaluationError, OutputExistsError, SchemaError
 from rayrm.rows import Candidates, Prompt, RowType, map_rows, map_table
 from rayrm.runs import RowsJob, transform_rows
 from rayrm.shards import list_shards, read_table
@@ -101,13 +101,13 @@ def test_another_config_or_input_is_refused_by_field(folder, ray_cluster):
 
 
 @pytest.mark.ray
-def test_all_rows_filtered_is_a_counted_fact(folder, ray_cluster):
+def test_all_rows_filtered_is_an_error_with_the_reasons(folder, ray_cluster):
     config = RowsJob(input=str(folder / "rows.parquet"), output=str(folder / "none"))
-    done = transform_rows(
-        config, Prompt, Candidates, lambda rows: map_rows(rows, drop_all, None, reads=["id"], writes=Candidates)
-    )
-    assert done["counts"]["written"] == 0 and done["counts"]["dropped"] == {"all": 50}
-    assert read_table(str(folder / "none")).num_rows == 0
+    with pytest.raises(EvaluationError, match="50 rows read, 0 written, dropped: 50 all; relax the filter"):
+        transform_rows(
+            config, Prompt, Candidates, lambda rows: map_rows(rows, drop_all, None, reads=["id"], writes=Candidates)
+        )
+    assert not (folder / "none" / "run.json").exists()
 
 
 def drop_all(row, config):
