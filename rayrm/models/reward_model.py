@@ -237,15 +237,14 @@ def load_rewarder(
     checkpoints that have no mark. `device` is the GPU when there is one; `dtype` is bf16 on a GPU and fp32 on a CPU.
     Raises CheckpointError as `load_reward_model` does, and when `rendering` is not the checkpoint's own.
     """
-    mark = files.read_json(files.join(path, files.CHECKPOINT_MARK)) or {}
-    stored = mark.get("rendering")
-    rendering = rendering or Rendering()
-    if stored is not None:
-        own = (rendering.chat_template or stored["chat_template"], rendering.max_length or stored["max_length"])
-        rendering = Rendering(*own)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     model = load_reward_model(path, dtype=dtype, attn_implementation=attn_implementation)
+    rendering = rendering or Rendering()
+    stored = (files.read_json(files.join(path, files.CHECKPOINT_MARK)) or {}).get("rendering")
+    if stored is not None:
+        own = (rendering.chat_template or stored["chat_template"], rendering.max_length or stored["max_length"])
+        rendering = Rendering(*own)
     if rendering.max_length is None:
         rendering = rendering._replace(max_length=getattr(model.network.config, "max_position_embeddings", None))
     renderer = rendering.renderer(load_padding_tokenizer(path), path)

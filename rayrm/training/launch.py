@@ -38,7 +38,7 @@ class Parallelism(Config):
     """How DeepSpeed shares the work of one step."""
 
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """What ZeRO partitions: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too."""
+    """What ZeRO partitions: 0 nothing (bf16 takes 1 instead), 1 optimizer states, 2 gradients too, 3 parameters too."""
     offload_optimizer: bool = False
     """Keep optimizer states in the host's memory."""
     offload_parameters: bool = False
@@ -57,8 +57,9 @@ def deepspeed_config(
     parallelism: Parallelism, micro_batch_size: int, accumulation_steps: int, bf16: bool, max_grad_norm: float
 ) -> dict[str, Any]:
     """DeepSpeed's own config for these settings. `micro_batch_size` is rows a worker and forward pass."""
-    zero: dict[str, Any] = {"stage": parallelism.zero_stage}
-    if parallelism.zero_stage:
+    # DeepSpeed has no plain bf16: its stage 0 takes an optimizer for fp16, which takes other steps than stages 1 to 3.
+    zero: dict[str, Any] = {"stage": max(parallelism.zero_stage, int(bf16))}
+    if zero["stage"]:
         zero |= {"overlap_comm": False, "contiguous_gradients": True, "reduce_bucket_size": 50_000_000}
     if parallelism.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}

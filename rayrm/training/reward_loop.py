@@ -1,7 +1,7 @@
 """The loop that trains a reward model, as each Ray Train worker runs it.
 
-Chance enters in three places, all of them drawn from the seed: the new head, the order of the pairs (which hangs on
-the step alone), and LoRA's dropout (which hangs on step and rank). A resumed run needs no generator's state.
+All chance is drawn from the seed: new weights, the order of the pairs (which hangs on the step alone), and LoRA's
+dropout (which hangs on step and rank). A resumed run needs no generator's state.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def make_engine(job: RewardModelJob, micro_batch_size: int, pad_id: int) -> Any:
         unset_hf_deepspeed_config()
     model.network.config.pad_token_id = pad_id
     if training.lora is not None:
-        add_updates(model.network, training.lora)
+        add_updates(model.network, training.lora, training.seed)
     if parallelism.gradient_checkpointing:
         model.network.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = training.optimizer(model)

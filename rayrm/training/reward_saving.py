@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
     from rayrm.training.reward_model import RewardTraining
 
 
-def add_updates(network: Any, lora: LowRank) -> Any:
-    """Put LoRA updates into `network` and freeze all else but the head; returns peft's view, which can merge them."""
+def add_updates(network: Any, lora: LowRank, seed: int) -> Any:
+    """Put LoRA updates, drawn from `seed`, into `network` and freeze all else but the head.
+
+    Returns peft's view of the network, which can merge them.
+    """
     settings = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -28,8 +32,10 @@ def add_updates(network: Any, lora: LowRank) -> Any:
         target_modules=lora.targets,
         exclude_modules=[HEAD],
     )
-    # One number format for all parameters, as ZeRO-3 needs.
-    view = get_peft_model(network, settings, autocast_adapter_dtype=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # One number format for all parameters, as ZeRO-3 needs.
+        view = get_peft_model(network, settings, autocast_adapter_dtype=False)
     getattr(network, HEAD).requires_grad_(True)
     return view
 
@@ -44,7 +50,7 @@ def export_reward_model(network: Any, training: RewardTraining, renderer: Render
             unset_hf_deepspeed_config()
             whole = load_reward_model(training.model, head_seed=training.seed, dtype=network.dtype).network
             whole.config.pad_token_id = network.config.pad_token_id
-            view = add_updates(whole, training.lora)
+            view = add_updates(whole, training.lora, training.seed)
             whole.load_state_dict(state, strict=False)
             network = view.merge_and_unload()
             state = network.state_dict()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from rayrm import files
 
 ReportTo = Literal["tensorboard", "wandb", "mlflow", "none"]
 PROJECT = "rayrm"
+LOGS = "logs"
 
 
 class Tracker(Protocol):
@@ -21,13 +25,20 @@ class Tracker(Protocol):
         """Send what is left."""
 
 
+def _local_logs(output: str) -> str:
+    """A folder on this machine: below `output`, or for a URL a temporary one, since these trackers write only there."""
+    folder = Path(tempfile.mkdtemp(prefix="rayrm-") if "://" in output else output) / LOGS
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder)
+
+
 class TensorBoardTracker:
-    """Event files in `<output>/logs`; what an interrupted run wrote from `first_step` on is hidden."""
+    """Event files in `<output>/logs`; what an interrupted run wrote behind `first_step` is hidden."""
 
     def __init__(self, output: str, settings: dict[str, Any], first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(files.join(output, "logs"), purge_step=first_step or None)
+        self.writer = SummaryWriter(files.join(output, LOGS), purge_step=first_step + 1 if first_step else None)
         if not first_step:
             self.writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in settings.items()))
 
@@ -43,11 +54,12 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """A run of the project `rayrm`; credentials and mode come from the environment."""
+    """A run of the project `rayrm`; credentials and mode, and another folder, come from the environment."""
 
     def __init__(self, output: str, settings: dict[str, Any], first_step: int) -> None:
         import wandb
 
+        os.environ.setdefault("WANDB_DIR", _local_logs(output))
         self.run = wandb.init(
             project=PROJECT, name=output, id=files.digest([output, settings]), resume="allow", config=settings
         )
@@ -62,11 +74,14 @@ class WandbTracker:
 
 
 class MlflowTracker:
-    """A run of the experiment `rayrm`; the server comes from the environment."""
+    """A run of the experiment `rayrm`, in `<output>/logs` unless the environment names a server."""
 
     def __init__(self, output: str, settings: dict[str, Any], first_step: int) -> None:
         import mlflow
 
+        # Files need no database driver; MLflow wants to be told that they are meant.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        os.environ.setdefault("MLFLOW_TRACKING_URI", f"file:{_local_logs(output)}/mlruns")
         mlflow.set_experiment(PROJECT)
         self.run = mlflow.start_run(run_name=output)
         if not first_step:
