@@ -38,7 +38,7 @@ class BleurtTraining(Config):
     """Most tokens of a pair; longer ones are cut as the scorer cuts them."""
     max_rows: int | None = Field(None, ge=2)
     """References to use at the most, drawn by seed; null for all."""
-    max_steps: int = Field(400, ge=1)
+    max_steps: int = Field(600, ge=1)
     """Steps at which training ends. Every step spoils references anew."""
     batch_tokens: int = Field(2048, ge=1)
     """Most tokens of a step's pairs, padding included."""
