@@ -4,6 +4,10 @@ import json
 import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +28,7 @@ from rayrm.training.policy import train_policy as train_with_ray
 
 SIZES = CreationConfig(vocab_size=320, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=2, max_length=128)
 NUM_ROWS = 50
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def prompt_row(index, rng):
@@ -211,7 +216,7 @@ def test_packed_rows_do_not_see_each_other(data, tmp_path, run, monkeypatch):
         ids, labels = (batch[name][None, first:last] for name in ("input_ids", "labels"))
         num = (labels[:, 1:] != -100).sum()
         total, count = total + model(input_ids=ids, labels=labels).loss * num, count + num
-    assert float(found) == pytest.approx(float(total / count), rel=1e-4)
+    assert float(found.detach()) == pytest.approx(float((total / count).detach()), rel=1e-4)
 
 
 def test_an_interrupted_run_ends_like_one_that_was_not(data, tmp_path, run):
@@ -250,7 +255,8 @@ def test_updates_are_merged_and_new_tokens_have_embeddings(data, tmp_path, run):
 
 
 def test_a_template_of_ones_own_is_saved(data, tmp_path, run):
-    template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    turn = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}</s>{% endfor %}"
+    template = turn + "{% if add_generation_prompt %}[assistant] {% endif %}"
     (tmp_path / "own.jinja").write_text(template)
     facts = run(make_job(data, tmp_path / "run", chat_template=str(tmp_path / "own.jinja"), max_steps=1))
     model, tokenizer = load(tmp_path / "run")
@@ -397,3 +403,56 @@ def test_the_micro_batch_is_halved_when_memory_runs_out(data, tmp_path, ray_clus
     assert facts["micro_batch_size"] == 2 and facts["steps"] == 6
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4, 5, 6]
+
+
+def mortal_loop(config):
+    """The loop of a worker that is killed once, at its fifth step."""
+    from rayrm.training import sft
+
+    step = sft.PolicyTrainer.training_step
+    grave = Path(config["job"].output) / "killed"
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 4 and not grave.exists():
+            grave.write_text("")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *args, **kwargs)
+
+    sft.PolicyTrainer.training_step = training_step
+    return sft.train_loop(config)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_training_goes_on_after_its_worker_was_killed(data, tmp_path, ray_cluster, monkeypatch):
+    from rayrm.training import policy
+
+    monkeypatch.setitem(policy.LOOPS, "sft", mortal_loop)
+    job = make_job(data, tmp_path / "run", save_steps=2)
+    facts = train_with_ray(job, check_policy(job))
+    assert (tmp_path / "run/killed").exists() and facts["steps"] == 6
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4, 5, 6]
+    assert load(tmp_path / "run")[0].config.vocab_size > 256
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_training_goes_on_after_its_driver_was_killed(data, tmp_path):
+    output = tmp_path / "run"
+    words = words_of(values_of(data, output, save_steps=5, max_steps=200))
+    command = [sys.executable, "-m", "jobs.train_policy", *words]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    first = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True)
+    deadline = time.monotonic() + 300
+    while not (output / "state/step-10").exists() and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert list(output.glob("state/step-*")) and not (output / "model/rayrm.json").exists()
+    reached = (output / "metrics.jsonl").read_text().splitlines()[:5]
+    subprocess.run(command, cwd=ROOT, env=env, check=True, timeout=400)
+    mark = json.loads((output / "model/rayrm.json").read_text())
+    assert mark["steps"] == 200
+    # The steps before the last state were not done again: their records are the first run's.
+    assert (output / "metrics.jsonl").read_text().splitlines()[:5] == reached

@@ -81,9 +81,7 @@ def verify_model(folder: Path, model_class: Any) -> Any:
         if not tensor.numel():
             raise CheckpointError(f"Tensor '{name}' of the saved model in '{folder}' is empty: {tuple(tensor.shape)}.")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(
-                f"Tensor '{name}' of the saved model in '{folder}' is not finite; the training diverged: try a lower lr."
-            )
+            raise CheckpointError(f"Tensor '{name}' of the saved model in '{folder}' is not finite; try a lower lr.")
     return model
 
 
