@@ -195,17 +195,11 @@ def _run_shards(
     context.target_max_block_size = None
     descriptors = [_descriptor(index, shards[index]) for index in missing]
     read = {"reads": reads, "output": output, "total": len(shards)}
-    rows = from_blocks(descriptors).map_batches(_read_block, fn_kwargs=read, batch_format="pyarrow", batch_size=None)
+    # Reading and committing take no CPU: actors may hold every CPU, and must be fed and relieved all the same.
+    free: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": None, "num_cpus": 0}
+    rows = from_blocks(descriptors).map_batches(_read_block, fn_kwargs=read, compute=TaskPoolStrategy(2), **free)
     commit = {"output": output, "writes": writes, "total": len(shards), "sizes": [s.num_rows for s in shards]}
-    # No CPU, so that a finished shard is committed while the actors hold every CPU.
-    committed = stage(rows).map_batches(
-        _commit_block,
-        fn_kwargs=commit,
-        batch_format="pyarrow",
-        batch_size=None,
-        num_cpus=0,
-        compute=TaskPoolStrategy(1),
-    )
+    committed = stage(rows).map_batches(_commit_block, fn_kwargs=commit, compute=TaskPoolStrategy(1), **free)
     from tqdm import tqdm
 
     total = sum(shard.num_rows for shard in shards)
