@@ -79,6 +79,8 @@ class RewardTrainer:
         job, is_first = self.job, self.rank == 0
         tracker = TRACKERS[job.report_to if is_first else "none"](job.output, job.training.model_dump(), self.step)
         bar = tqdm(total=self.num_steps, desc="training") if show_progress and is_first else None
+        if bar is not None:
+            bar.update(self.step)
         while self.step < self.num_steps:
             began = time.monotonic()
             self.train_step()
@@ -87,6 +89,7 @@ class RewardTrainer:
                 tracker.log(self.record(self.summary(time.monotonic() - began)), self.step)
             if self.pairs.held_out and (self.step % job.training.eval_steps == 0 or is_last):
                 tracker.log(self.record(self.evaluate()), self.step)
+                self.write_history()
             if self.step % job.save_steps == 0 and not is_last:
                 self.save()
             if bar is not None:
@@ -138,11 +141,14 @@ class RewardTrainer:
         return found if norm is None else found | {"grad_norm": float(norm)}
 
     def record(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Keep metrics in the run's history and bring its files up to date."""
+        """Keep the metrics of this step in the run's history."""
         self.history.append({"step": self.step, "epoch": self.step / self.epoch_steps, **metrics})
+        return metrics
+
+    def write_history(self) -> None:
+        """Bring `metrics.jsonl` and `loss.png` up to date; drawing takes too long to do it with every record."""
         if self.rank == 0:
             write_curves(self.history, self.job.output)
-        return metrics
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -164,6 +170,7 @@ class RewardTrainer:
         """Report the state of this step to Ray Train: every worker the files that it wrote."""
         from ray import train
 
+        self.write_history()
         with TemporaryDirectory() as folder:
             self.engine.save_checkpoint(folder, tag=ENGINE)
             if self.rank == 0:
@@ -183,6 +190,7 @@ class RewardTrainer:
 
     def finish(self, probe: list[dict[str, Any]]) -> dict[str, Any]:
         """Save the model whole and return the facts of the run."""
+        self.write_history()
         rewards = self.read_probe(probe)
         export_reward_model(self.engine.module.network, self.training, self.renderer, self.job.output)
         metrics: dict[str, float] = {}
