@@ -9,7 +9,7 @@ from pydantic import Field
 
 from rayrm import cluster, files
 from rayrm.errors import ConfigError
-from rayrm.rows import TEXTS, Preference, map_rows, on_kept, set_column
+from rayrm.rows import TEXTS, Preference, map_table, on_kept, set_column
 from rayrm.runs import RowsJob
 from rayrm.scoring.reward_model import RewardModelScorer, RewardModelScoring
 from rayrm.splits import is_held_out
@@ -56,14 +56,12 @@ def judge_preferences(preferences: Dataset, config: JudgingJob) -> Dataset:
 
     Adds chosen_reward, rejected_reward and status. Raises ResourceError when the cluster can never hold the actors.
     """
-    if config.split == "held_out":
-        split = find_split(config.reward_model.model)
-        preferences = map_rows(preferences, keep_held_out, split, reads=("group",), writes=Preference)
+    split = find_split(config.reward_model.model) if config.split == "held_out" else None
     workers = config.reward_model.workers
     cluster.require(workers.num_workers, workers.num_cpus, workers.num_gpus, "The reward model's evaluation")
     return preferences.map_batches(
         JudgeStage,
-        fn_constructor_args=(config.reward_model,),
+        fn_constructor_args=(config.reward_model, split),
         batch_format="pyarrow",
         batch_size=None,
         **workers.pool(),
@@ -79,12 +77,16 @@ def keep_held_out(row: dict[str, Any], split: Split) -> tuple[dict[str, Any] | N
 class JudgeStage:
     """An actor that holds the reward model."""
 
-    def __init__(self, config: RewardModelScoring) -> None:
+    def __init__(self, config: RewardModelScoring, split: Split | None) -> None:
         self.config = config
+        self.split = split
         self.scorer = RewardModelScorer(config)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Judge the kept rows of a shard."""
+        """Judge the kept rows of a shard that are in the split."""
+        # Here and not in a stage of its own, which would wait for a CPU when actors hold them all.
+        if self.split is not None:
+            table = map_table(table, keep_held_out, self.split, ("group",), Preference)
         return on_kept(table, self.judge)
 
     def judge(self, table: pa.Table) -> pa.Table:
