@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from rayrm.errors import ResourceError
 
 log = logging.getLogger("rayrm")
+BOOTSTRAP = "~/ray_bootstrap_config.yaml"
 
 
 def connect() -> None:
@@ -30,9 +34,11 @@ def require(num_workers: int, num_cpus: float, num_gpus: float, what: str) -> No
     connect()
     import ray
 
-    nodes = [(node["Resources"], 1) for node in ray.nodes() if node["Alive"]]
-    nodes += _autoscaler_nodes()
-    places = sum(count * _fits(resources, num_cpus, num_gpus) for resources, count in nodes)
+    live = [(node["Resources"], 1) for node in ray.nodes() if node["Alive"]]
+    grown = _autoscaler_nodes()
+    nodes = live + grown
+    # Nodes that the autoscaler has added already are counted in both.
+    places = max(sum(count * _fits(node, num_cpus, num_gpus) for node, count in group) for group in (live, grown))
     if places >= num_workers:
         return
     largest = [f"{r.get('CPU', 0):g} CPUs and {r.get('GPU', 0):g} GPUs" for r, _ in nodes]
@@ -48,9 +54,15 @@ def _fits(resources: dict[str, Any], num_cpus: float, num_gpus: float) -> int:
 
 
 def _autoscaler_nodes() -> list[tuple[dict[str, Any], int]]:
+    """Resources of the node types that the cluster may have, and how many of each, as far as they are known here."""
     from ray._private.state import state
 
     config = state.get_cluster_config()
-    if config is None:
+    if config is not None:
+        return [(dict(group.resources), group.max_count) for group in config.node_group_configs]
+    # `ray up` leaves its config on the head, where submitted jobs run.
+    path = Path(BOOTSTRAP).expanduser()
+    if not path.exists():
         return []
-    return [(dict(group.resources), group.max_count) for group in config.node_group_configs if group.max_count]
+    types = yaml.safe_load(path.read_text()).get("available_node_types", {})
+    return [(node.get("resources", {}), node.get("max_workers", 0)) for node in types.values()]

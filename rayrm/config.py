@@ -95,12 +95,35 @@ def load_config(cls: type[ConfigT], path: str | Path | None = None, overrides: S
 
 
 def build_config(cls: type[ConfigT], values: dict[str, Any], where: str) -> ConfigT:
-    """Validate plain values as `cls`. Raises ConfigError with one sentence a fault."""
+    """Validate plain values as `cls`, with local paths made absolute. Raises ConfigError with a sentence a fault."""
     try:
-        return cls.model_validate(values)
+        return _with_absolute_paths(cls.model_validate(values))
     except ValidationError as error:
         faults = " ".join(_sentence(fault, cls) for fault in error.errors())
         raise ConfigError(f"{cls.__name__} from {where}: {faults}") from error
+
+
+def _with_absolute_paths(config: ConfigT) -> ConfigT:
+    """Local paths of `config` made absolute, because workers run in other folders than the driver.
+
+    A path is a field `output`, or a field marked as an input whose path is there.
+    """
+    update: dict[str, Any] = {}
+    for name, field in type(config).model_fields.items():
+        value, extra = getattr(config, name), field.json_schema_extra
+        if isinstance(value, Config):
+            update[name] = _with_absolute_paths(value)
+        elif name == "output" or (isinstance(extra, dict) and extra.get("input")):
+            update[name] = _absolute(value, must_exist=name != "output")
+    return config.model_copy(update=update)
+
+
+def _absolute(value: Any, must_exist: bool) -> Any:
+    if isinstance(value, dict):
+        return {key: _absolute(path, must_exist) for key, path in value.items()}
+    if isinstance(value, str) and "://" not in value and (os.path.exists(value) or not must_exist):
+        return os.path.abspath(value)
+    return value
 
 
 def _sentence(fault: Any, cls: type[BaseModel]) -> str:

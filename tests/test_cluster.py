@@ -1,11 +1,14 @@
 """What the cluster can never give is said at once."""
 
 import time
+from pathlib import Path
 
 import pytest
 
 from rayrm import cluster
 from rayrm.errors import ResourceError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.ray
@@ -29,3 +32,12 @@ def test_nodes_that_the_autoscaler_may_add_count(ray_cluster, monkeypatch):
     cluster.require(2, 1, 4, "training")
     with pytest.raises(ResourceError, match="can place 8 of them at the most"):
         cluster.require(9, 1, 1, "training")
+
+
+@pytest.mark.ray
+def test_node_types_of_ray_up_count(ray_cluster, monkeypatch):
+    """`ray up` leaves its config on the head; a fresh cluster has a head without CPUs and nothing else."""
+    monkeypatch.setattr(cluster, "BOOTSTRAP", str(ROOT / "cluster.yaml"))
+    cluster.require(32, 1, 1, "training")
+    with pytest.raises(ResourceError, match="can place 32 of them at the most"):
+        cluster.require(33, 1, 1, "training")

@@ -26,7 +26,7 @@ class Blue(Config):
 class Paint(Config):
     """What to paint."""
 
-    output: str = Field("here", json_schema_extra=NOT_IDENTITY)
+    output: str = Field("/here", json_schema_extra=NOT_IDENTITY)
     """Where it goes."""
     colour: Annotated[Red | Blue, Field(discriminator="type")] = Red()
     """Which colour."""
@@ -77,6 +77,34 @@ def test_help_names_every_field_with_default_and_docstring(capsys):
         parse_args(Paint, ["--help"])
     shown = capsys.readouterr().out
     assert caught.value.code == 0 and shown.strip() == describe(Paint).strip()
-    assert "output: str  [default 'here']  Where it goes." in shown
+    assert "output: str  [default '/here']  Where it goes." in shown
     assert "colour.depth: int  [default 1]  How red." in shown
     assert "colour.* (type=blue)" in shown
+
+
+class Nested(Config):
+    """Paths at two levels."""
+
+    model: str = Field("x/y", json_schema_extra={"identity": False, "input": True})
+    """A model."""
+
+
+class Paths(Config):
+    """Paths of all kinds."""
+
+    output: str
+    """A folder."""
+    sets: dict[str, str] = Field({}, json_schema_extra={"identity": False, "input": True})
+    """Inputs by name."""
+    inner: Nested = Nested()
+    """More."""
+
+
+def test_local_paths_become_absolute_and_hub_ids_and_urls_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows").mkdir()
+    config = load_config(Paths, None, ["output=out", "sets.a=rows", "sets.b=s3://b/rows", "inner.model=owner/name"])
+    assert config.output == str(tmp_path / "out")
+    assert config.sets == {"a": str(tmp_path / "rows"), "b": "s3://b/rows"}
+    assert config.inner.model == "owner/name"
+    assert load_config(Paths, None, ["output=s3://b/out"]).output == "s3://b/out"
