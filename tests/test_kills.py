@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,19 +12,18 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from rayrm.rows import Candidates, Prompt
-from rayrm.runs import RowsJob, transform_rows
-from rayrm.sampling import SamplingConfig, sample_candidates
 from rayrm.shards import read_table
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[1]
 NUM_ROWS = 160
+STAGES = ["sample_candidates", "score_candidates"]
+ACTORS = {"sample_candidates": "CandidateSampler", "score_candidates": "ScoreStage"}
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """Prompts, a random policy, and a random BLEURT in one folder, made by the project's own jobs."""
+    """Prompts, a random policy, a hardly trained BLEURT and candidates, made by the project's own jobs."""
     from jobs import create_model, prepare_prompts, write_corpus
 
     folder = tmp_path_factory.mktemp("kills")
@@ -33,20 +31,30 @@ def work(tmp_path_factory):
     prepare_prompts.main([f"input={folder}/corpus/corpus.parquet", f"output={folder}/all"])
     pq.write_table(read_table(f"{folder}/all").slice(0, NUM_ROWS), folder / "prompts.parquet")
     create_model.main(
-        [f"input={folder}/prompts.parquet", f"output={folder}/policy", "model.hidden_size=64", "model.num_layers=2"]
+        [f"input={folder}/prompts.parquet", f"output={folder}/policy", "model.hidden_size=128", "model.num_layers=2"]
     )
+    run_job("train_bleurt", [f"input={folder}/prompts.parquet", f"output={folder}/bleurt", "training.max_steps=2"])
+    run_job("sample_candidates", words("sample_candidates", folder, folder / "undisturbed-sample_candidates"))
+    run_job("score_candidates", words("score_candidates", folder, folder / "undisturbed-score_candidates"))
     return folder
 
 
-def sampling_words(work, output):
-    return [
+def words(job, work, output, *more):
+    """How a stage is called; its work is cut finely enough to be killed in the middle."""
+    sampling = [
         f"input={work}/prompts.parquet",
-        f"output={output}",
         "shard_rows=8",
         f"sampling.model={work}/policy/model",
         "sampling.max_tokens=48",
         "sampling.engine.kv_cache_gib=0.25",
     ]
+    scoring = [
+        f"input={work}/undisturbed-sample_candidates",
+        "shard_rows=1",
+        "scoring.type=bleurt",
+        f"scoring.model={work}/bleurt/model",
+    ]
+    return [f"output={output}", *(sampling if job == "sample_candidates" else scoring), *more]
 
 
 def start_job(name, words):
@@ -103,79 +111,61 @@ def descendants(process, title):
     return found
 
 
-@pytest.fixture(scope="module")
-def sampled(work):
-    """Candidates of a run that nobody disturbs."""
-    run_job("sample_candidates", sampling_words(work, work / "sampled"))
-    return read_table(str(work / "sampled"))
-
-
-def test_sampling_goes_on_after_its_driver_was_killed(work, sampled):
-    words = sampling_words(work, work / "driver")
-    process = start_job("sample_candidates", words)
-    wait_for(lambda: len(shards(work / "driver")) >= 3, process)
+@pytest.mark.parametrize("job", STAGES)
+def test_a_stage_goes_on_after_its_driver_was_killed(job, work, tmp_path):
+    process = start_job(job, words(job, work, tmp_path))
+    wait_for(lambda: len(shards(tmp_path)) >= 3, process)
     kill_group(process)
-    before = shards(work / "driver")
-    assert 3 <= len(before) < NUM_ROWS // 8 and not (work / "driver" / "run.json").exists()
-    output = run_job("sample_candidates", words)
-    assert "resuming" in output
-    after = shards(work / "driver")
-    assert len(after) == NUM_ROWS // 8 and all(after[name] == before[name] for name in before)
-    assert read_table(str(work / "driver")).equals(sampled)
+    before = shards(tmp_path)
+    expected = shards(work / f"undisturbed-{job}")
+    assert 3 <= len(before) < len(expected) and not (tmp_path / "run.json").exists()
+    assert "resuming" in run_job(job, words(job, work, tmp_path))
+    assert_same_rows(job, work, tmp_path, before)
 
 
-def test_sampling_survives_the_death_of_its_worker(work, sampled):
-    process = start_job("sample_candidates", sampling_words(work, work / "worker"))
-    wait_for(lambda: len(shards(work / "worker")) >= 3, process)
-    before = shards(work / "worker")
-    victims = descendants(process, "CandidateSampler")
-    assert victims, "the sampling actor runs below the job"
+@pytest.mark.parametrize("job", STAGES)
+def test_a_stage_survives_the_death_of_its_worker(job, work, tmp_path):
+    process = start_job(job, words(job, work, tmp_path))
+    wait_for(lambda: len(shards(tmp_path)) >= 3, process)
+    victims = descendants(process, ACTORS[job])
+    before = shards(tmp_path)
+    assert victims and len(before) < len(shards(work / f"undisturbed-{job}")), "there is an actor in the middle of it"
     victims[0].kill()
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
-    after = shards(work / "worker")
+    assert_same_rows(job, work, tmp_path, before)
+
+
+@pytest.mark.parametrize("job", STAGES)
+def test_a_stage_on_two_nodes_survives_the_death_of_one(job, work, tmp_path):
+    field = "sampling" if job == "sample_candidates" else "scoring"
+    run_on_two_nodes(f"{tmp_path}/shard-*", 3, job, words(job, work, tmp_path, f"{field}.workers.num_workers=2"))
+    assert_same_rows(job, work, tmp_path, {})
+
+
+def assert_same_rows(job, work, output, before):
+    """Every id once, the same rows as without a kill, and no shard of `before` written again."""
+    expected = work / f"undisturbed-{job}"
+    after = shards(output)
+    assert after.keys() == shards(expected).keys()
     assert all(after[name] == before[name] for name in before)
-    assert read_table(str(work / "worker")).equals(sampled)
+    found, wanted = read_table(str(output)), read_table(str(expected))
+    keys = zip(found["id"].to_pylist(), found["lang"].to_pylist(), strict=True)
+    assert set(Counter(keys).values()) == {1}
+    assert found.equals(wanted)
 
 
-def test_sampling_on_two_nodes_survives_the_death_of_one(work, sampled):
-    import ray
-    from ray.cluster_utils import Cluster
-
-    if ray.is_initialized():
-        pytest.skip("another cluster runs in this process; `make test-slow` starts this test without one")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    ray.init(address=cluster.address, log_to_driver=False)
-    output = work / "nodes"
-    killed = []
-
-    def kill_a_node():
-        wait_for(lambda: len(shards(output)) >= 3)
-        killed.append(len(shards(output)))
-        cluster.remove_node(nodes[0], allow_graceful=False)
-        cluster.add_node(num_cpus=1)
-
-    try:
-        config = SamplingConfig(
-            model=f"{work}/policy/model",
-            max_tokens=48,
-            engine={"kv_cache_gib": 0.25},
-            workers={"num_workers": 2},
-        )
-        killer = threading.Thread(target=kill_a_node)
-        killer.start()
-        transform_rows(
-            RowsJob(input=str(work / "prompts.parquet"), output=str(output), shard_rows=8),
-            Prompt,
-            Candidates,
-            lambda rows: sample_candidates(rows, config),
-        )
-        killer.join()
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-    assert killed and killed[0] < NUM_ROWS // 8, "the node died in the middle"
-    rows = read_table(str(output))
-    assert Counter(rows["id"].to_pylist()) == Counter(sampled["id"].to_pylist())
-    assert rows.equals(sampled)
+def run_on_two_nodes(pattern, count, job, words):
+    """Run a job on two nodes of one machine, one of which dies when `pattern` matches `count` files."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    script = Path(__file__).with_name("two_nodes.py")
+    done = subprocess.run(
+        [sys.executable, str(script), pattern, str(count), job, *words],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
