@@ -18,7 +18,7 @@ from rayrm.shards import list_shards, read_shard, read_table
 from rayrm.splits import is_held_out
 from rayrm.training.corruption import Reference
 from rayrm.training.launch import TrainingWorkers, launch
-from rayrm.training.tracking import ReportTo
+from rayrm.training.tracking import ReportTo, check_tracker
 
 
 class BleurtTraining(Config):
@@ -113,8 +113,10 @@ def read_references(path: str, training: BleurtTraining) -> tuple[list[Reference
 def train_bleurt(job: BleurtJob) -> dict[str, Any]:
     """Train into `<output>/model` and return the facts of the run; the mark is left to the caller.
 
-    Raises CheckpointError when training fails for good, and ResourceError when the cluster can never hold the worker.
+    Raises CheckpointError when training fails for good, ResourceError when the cluster can never hold the worker, and
+    ConfigError when the tracker is not installed.
     """
+    check_tracker(job.report_to)
     paths = {
         name: path if "://" in path else str(Path(path).absolute())
         for name, path in (("input", job.input), ("output", job.output))

@@ -26,7 +26,8 @@ def read_examples(
     """Rows to train on, rows held out by group (None when there are none), and how many went where.
 
     Both have `input_ids` and `labels`; the prompt's labels are -100. Rows without a reference, and those whose
-    reference alone is longer than the renderer's bound, are dropped and counted. Raises SchemaError when none stays.
+    reference alone is longer than the renderer's bound, are dropped and counted. Raises SchemaError when none stays to
+    train on, or none to hold out with a `held_out_fraction` above 0.
     """
     table = read_table(path, ["group", "prompt", "reference"])
     parts: dict[bool, list[pa.Table]] = {False: [], True: []}
@@ -51,6 +52,11 @@ def read_examples(
     }
     if not train.num_rows:
         raise SchemaError(f"No row of '{path}' is left to train on: {counts}.")
+    if held_out_fraction and not held_out.num_rows:
+        raise SchemaError(
+            f"held_out_fraction {held_out_fraction:g} holds out no row of '{path}' that can be used ({counts}); "
+            "raise it, or set it to 0."
+        )
     return _to_dataset(train, "train"), _to_dataset(held_out, "held_out") if held_out.num_rows else None, counts
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rayrm import cluster, files
 from rayrm.config import Config
-from rayrm.errors import CheckpointError
+from rayrm.errors import CheckpointError, RayRMError
 
 log = logging.getLogger("rayrm")
 STATE = "state"
@@ -48,6 +48,14 @@ class Parallelism(Config):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
 
+    @model_validator(mode="after")
+    def _offloads_what_is_partitioned(self) -> Parallelism:
+        if self.offload_parameters and self.zero_stage < 3:
+            raise ValueError(f"offload_parameters needs zero_stage 3, not {self.zero_stage}")
+        if self.offload_optimizer and not self.zero_stage:
+            raise ValueError("offload_optimizer needs zero_stage 1 or more, not 0")
+        return self
+
     def uses_bf16(self, num_gpus: float) -> bool:
         """Whether these settings mean bf16 for workers with `num_gpus` GPUs each."""
         return self.precision == "bf16" or (self.precision == "auto" and num_gpus > 0)
@@ -65,8 +73,6 @@ def deepspeed_config(
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if parallelism.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
-    if parallelism.zero_stage == 3:
-        zero["stage3_gather_16bit_weights_on_model_save"] = True
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
@@ -87,7 +93,7 @@ def launch(
     workers: TrainingWorkers,
     what: str,
 ) -> dict[str, Any]:
-    """Run `loop(loop_config)` on all workers; return what rank 0 reported with its last state, and what it returned.
+    """Run `loop(loop_config)` on all workers and return what it returned on rank 0.
 
     States are reported to `<output>/state/step-N`, and the last two stay; a run that is started again finds the last
     one through `ray.train.get_checkpoint()`. Raises CheckpointError with the worker's own words when training fails for good,
@@ -118,7 +124,20 @@ def launch(
         result = trainer.fit()
     except TrainingFailedError as error:
         raise CheckpointError(f"Training into '{output}' failed: {_root_cause(error)}") from error
-    return {**(result.metrics or {}), **(result.return_value or {})}
+    return dict(result.return_value or {})
+
+
+def fetch(references: Sequence[Any]) -> list[Any]:
+    """The results of Ray tasks; a RayRMError of a task is raised as it is, without the task's traceback."""
+    import ray
+    from ray.exceptions import RayTaskError
+
+    try:
+        return list(ray.get(list(references)))
+    except RayTaskError as error:
+        if isinstance(error.cause, RayRMError):
+            raise error.cause from None
+        raise
 
 
 def _root_cause(error: BaseException) -> str:

@@ -17,11 +17,11 @@ from rayrm.models.folders import check_model, load_tokenizer
 from rayrm.models.rendering import load_template
 from rayrm.rows import Prompt
 from rayrm.runs import INPUT
-from rayrm.shards import list_shards, read_shard
+from rayrm.shards import list_shards, read_shard, read_table
+from rayrm.splits import is_held_out
 from rayrm.training.launch import Parallelism, TrainingWorkers, launch
 from rayrm.training.memory import fitting_micro_batch
-
-Tracker = Literal["tensorboard", "wandb", "mlflow", "none"]
+from rayrm.training.tracking import ReportTo, check_tracker
 
 
 class LowRank(Config):
@@ -107,7 +107,7 @@ class PolicyJob(Config):
     """Steps between states to resume from; the last two stay."""
     log_steps: int = Field(10, ge=1, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
     """Steps between records of the training loss."""
-    report_to: Tracker = Field("tensorboard", json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
+    report_to: ReportTo = Field("tensorboard", json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
     """Where records go besides metrics.jsonl; files lie in `<output>/logs` unless the environment says otherwise."""
     hub_id: str | None = Field(None, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
     """Repository `owner/name` on the model hub that the finished model is pushed to; it is made private."""
@@ -162,8 +162,9 @@ def check_policy(job: PolicyJob) -> str | None:
     """The text of the chat template, after all that can be checked before workers start.
 
     Raises SchemaError when the rows have no references, CheckpointError when there is no model or no template, and
-    ConfigError when 8-bit loading is not installed.
+    ConfigError when a held-out share holds out nothing, or when 8-bit loading or the tracker is not installed.
     """
+    check_tracker(job.report_to)
     shards = list_shards(job.input, 1 << 62)
     if not shards:
         raise SchemaError(f"'{job.input}' holds no rows; training needs at least one.")
@@ -171,11 +172,24 @@ def check_policy(job: PolicyJob) -> str | None:
     Prompt.check(schema, f"'{job.input}'")
     if "reference" not in schema.names:
         raise SchemaError(f"'{job.input}' lacks the column reference, which a policy learns to write.")
+    _check_split(job.input, job.training)
     if job.training.load_in_8bit and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("load_in_8bit needs bitsandbytes, which is not installed; pip install 'rayrm[gpu]'.")
     path = job.training.model
     check_model(path)
     return load_template(job.training.chat_template, load_tokenizer(path), path)
+
+
+def _check_split(path: str, training: SupervisedFinetuning) -> None:
+    if not training.held_out_fraction:
+        return
+    groups = read_table(path, ["group"])["group"].unique().to_pylist()
+    held_out = sum(is_held_out(group, training.held_out_fraction, training.seed) for group in groups)
+    if not 0 < held_out < len(groups):
+        raise ConfigError(
+            f"held_out_fraction {training.held_out_fraction:g} holds out {held_out} of the {len(groups)} groups of "
+            f"'{path}', and both sides need some; choose another, or set it to 0."
+        )
 
 
 def _absolute(job: PolicyJob) -> PolicyJob:

@@ -16,11 +16,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rayrm import cluster, files
-from rayrm.errors import ConfigError, SchemaError
+from rayrm.errors import CheckpointError, ConfigError, SchemaError
 from rayrm.models.reward_model import Pair, Rendering, load_padding_tokenizer
 from rayrm.rows import Message
 from rayrm.shards import Shard, list_shards, read_shard
 from rayrm.splits import is_held_out
+from rayrm.training.launch import fetch
 
 if TYPE_CHECKING:
     from rayrm.models.rendering import Renderer
@@ -78,7 +79,7 @@ def render_preferences(path: str, output: str, training: RewardTraining) -> dict
         import ray
 
         task = ray.remote(num_cpus=1)(render_shard)
-        parts = ray.get([task.remote(shard, training) for shard in list_shards(path, TASK_ROWS)])
+        parts = fetch([task.remote(shard, training) for shard in list_shards(path, TASK_ROWS)])
         table = pa.concat_tables([part[0] for part in parts])
         facts = _facts(table, [part[1] for part in parts], [probe for part in parts for probe in part[2]])
         _check(facts["counts"], path, training)
@@ -153,6 +154,20 @@ def render_shard(shard: Shard, training: RewardTraining) -> tuple[pa.Table, Coun
 def make_renderer(model: str, chat_template: str | None, max_length: int) -> Renderer:
     """The renderer that trains a reward model from `model`, and that its checkpoint describes."""
     return Rendering(chat_template, max_length).renderer(load_padding_tokenizer(model), model)
+
+
+def check_renderer(training: RewardTraining) -> None:
+    """Render a pair of one word each. Raises CheckpointError or ConfigError when the template cannot be scored."""
+    from jinja2 import TemplateError
+
+    renderer = make_renderer(training.model, training.chat_template, training.max_length)
+    try:
+        renderer.completion_text([{"role": "user", "content": "a"}], "b")
+    except TemplateError as error:
+        raise CheckpointError(
+            f"The chat template for '{training.model}' does not render a question and its answer: "
+            f"{str(error).rstrip('.')}; set chat_template to another one, or to 'none'."
+        ) from error
 
 
 def render_row(

@@ -8,7 +8,7 @@ import torch
 
 from rayrm.errors import CheckpointError
 from rayrm.models.reward_model import Pair, Rendering, check_rendering, load_rewarder
-from rayrm.training.launch import TrainingWorkers
+from rayrm.training.launch import TrainingWorkers, fetch
 from rayrm.training.preferences import split_side
 
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2}
@@ -31,7 +31,8 @@ def check_saved(
     import ray
 
     task = ray.remote(num_cpus=workers.num_cpus, num_gpus=workers.num_gpus, max_retries=2)(probe_rewards)
-    for row, found in zip(probe, ray.get(task.remote(path, rendering, probe, precision)), strict=True):
+    (rewards,) = fetch([task.remote(path, rendering, probe, precision)])
+    for row, found in zip(probe, rewards, strict=True):
         for expected, reward in zip(row["rewards"], found, strict=True):
             if reward is None or abs(expected - reward) > TOLERANCES[precision] * max(1.0, abs(expected)):
                 raise CheckpointError(

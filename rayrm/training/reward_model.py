@@ -10,16 +10,16 @@ from pydantic import Field
 
 from rayrm import cluster, files
 from rayrm.config import NOT_IDENTITY, Config
-from rayrm.errors import SchemaError
-from rayrm.models.lookup import require_model
+from rayrm.errors import RayRMError, SchemaError
+from rayrm.models.folders import check_model
 from rayrm.rows import Preference
-from rayrm.runs import INPUT, finish_run, start_run
+from rayrm.runs import INPUT, STARTED, finish_run, start_run
 from rayrm.shards import list_shards, read_shard
 from rayrm.training.launch import MARK, MODEL, Parallelism, TrainingWorkers, launch
 from rayrm.training.objectives import BradleyTerry
 from rayrm.training.optimization import Optimization
 from rayrm.training.policy import LowRank
-from rayrm.training.tracking import ReportTo
+from rayrm.training.tracking import ReportTo, check_tracker
 
 
 class RewardTraining(Optimization):
@@ -80,20 +80,31 @@ def train_reward_model(config: RewardModelJob) -> dict[str, Any]:
     """Train into `<output>/model`, verify it in a process of its own, mark it complete, and return the mark.
 
     The mark holds the objective, the rendering, the counts, the metrics, and up to 16 probe rows with their rewards.
-    Raises SchemaError when the input is no file of Preference rows or nothing of it is left, ResourceError when the
-    cluster can never hold the workers, and CheckpointError when there is no model, or training or saving fails.
+    Raises SchemaError when the input is no file of Preference rows or nothing of it is left, ConfigError when the
+    tracker is not installed or the template is none, ResourceError when the cluster can never hold the workers, and
+    CheckpointError when there is no model or no template, or training or saving fails.
     """
-    shards = list_shards(config.input, 1 << 62)
-    if not shards:
-        raise SchemaError(f"'{config.input}' holds no rows; training needs at least one.")
-    Preference.check(read_shard(shards[0], limit=1).schema, f"'{config.input}'")
-    require_model(config.training.model)
     what = f"Training into '{config.output}'"
-    cluster.require(config.workers.num_workers, config.workers.num_cpus, config.workers.num_gpus, what)
+    if not files.exists(files.join(config.output, MARK)):
+        _check_job(config)
+        cluster.require(config.workers.num_workers, config.workers.num_cpus, config.workers.num_gpus, what)
     if start_run(config, mark=MARK):
         finish_run(config, _train(_absolute(config), what), mark=MARK)
     done: dict[str, Any] = files.read_json(files.join(config.output, MARK))
     return done
+
+
+def _check_job(config: RewardModelJob) -> None:
+    """All that needs no cluster, so that a config that cannot work claims no output."""
+    from rayrm.training.preferences import check_renderer
+
+    check_tracker(config.report_to)
+    shards = list_shards(config.input, 1 << 62)
+    if not shards:
+        raise SchemaError(f"'{config.input}' holds no rows; training needs at least one.")
+    Preference.check(read_shard(shards[0], limit=1).schema, f"'{config.input}'")
+    check_model(config.training.model)
+    check_renderer(config.training)
 
 
 def _train(config: RewardModelJob, what: str) -> dict[str, Any]:
@@ -101,7 +112,13 @@ def _train(config: RewardModelJob, what: str) -> dict[str, Any]:
     from rayrm.training.probes import check_saved
     from rayrm.training.reward_loop import train_loop
 
-    rendered = render_preferences(config.input, config.output, config.training)
+    try:
+        rendered = render_preferences(config.input, config.output, config.training)
+    except RayRMError:
+        # Nothing was written yet, and what must change is part of what the output was claimed for.
+        fs, inner = files.filesystem(files.join(config.output, STARTED))
+        fs.rm(inner)
+        raise
     given = {"job": config.model_dump(), "probe": rendered["probe"], "show_progress": sys.stderr.isatty()}
     facts = launch(train_loop, given, config.output, config.workers, what)
     rendering = {

@@ -27,11 +27,11 @@ from rayrm.training.memory import fitting_micro_batch, halved_when_out_of_memory
 from rayrm.training.order import LengthGrouped
 from rayrm.training.policy_model import export_policy, load_policy, load_tokenizer
 from rayrm.training.states import ReportStates, last_state
+from rayrm.training.tracking import LOGS, set_places
 
 if TYPE_CHECKING:
     from rayrm.training.policy import PolicyJob
 
-LOGS = "logs"
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
@@ -196,7 +196,4 @@ def _set_trackers(job: PolicyJob, scratch: str) -> None:
     if job.report_to != "none":
         folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder))
-    os.environ.setdefault("WANDB_DIR", str(folder))
-    os.environ.setdefault("WANDB_PROJECT", "rayrm")
-    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-    os.environ.setdefault("MLFLOW_EXPERIMENT_NAME", "rayrm")
+    set_places(str(folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from rayrm import files
+from rayrm.errors import ConfigError
 
 ReportTo = Literal["tensorboard", "wandb", "mlflow", "none"]
 PROJECT = "rayrm"
@@ -23,6 +25,28 @@ class Tracker(Protocol):
 
     def close(self) -> None:
         """Send what is left."""
+
+
+def check_tracker(report_to: ReportTo) -> None:
+    """Raise ConfigError when the package that `report_to` needs is not installed here."""
+    if report_to in ("wandb", "mlflow"):
+        found = importlib.util.find_spec(report_to)
+        # A folder of that name in the working directory is found too, and comes from no file.
+        if found is None or found.origin is None:
+            raise ConfigError(
+                f"report_to={report_to} needs the package {report_to}, which is not installed; "
+                "pip install 'rayrm[tracking]', or set report_to to tensorboard or none."
+            )
+
+
+def set_places(logs: str) -> None:
+    """Have Weights & Biases and MLflow keep their files in the folder `logs`, unless the environment says otherwise."""
+    os.environ.setdefault("WANDB_DIR", logs)
+    os.environ.setdefault("WANDB_PROJECT", PROJECT)
+    # Files need no database driver; MLflow wants to be told that they are meant.
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"file:{logs}/mlruns")
+    os.environ.setdefault("MLFLOW_EXPERIMENT_NAME", PROJECT)
 
 
 def _local_logs(output: str) -> str:
@@ -54,15 +78,16 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """A run of the project `rayrm`; credentials and mode, and another folder, come from the environment."""
+    """A run of the project `rayrm`, which a resumed run continues.
+
+    Credentials and mode, and another project or folder, come from the environment.
+    """
 
     def __init__(self, output: str, settings: dict[str, Any], first_step: int) -> None:
         import wandb
 
-        os.environ.setdefault("WANDB_DIR", _local_logs(output))
-        self.run = wandb.init(
-            project=PROJECT, name=output, id=files.digest([output, settings]), resume="allow", config=settings
-        )
+        set_places(_local_logs(output))
+        self.run = wandb.init(name=output, id=files.digest([output, settings]), resume="allow", config=settings)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """One record for the step."""
@@ -74,18 +99,18 @@ class WandbTracker:
 
 
 class MlflowTracker:
-    """A run of the experiment `rayrm`, in `<output>/logs` unless the environment names a server."""
+    """A run of the experiment `rayrm`, in `<output>/logs` unless the environment names a server.
+
+    A resumed run opens another one of the same name, whose steps begin where it resumed.
+    """
 
     def __init__(self, output: str, settings: dict[str, Any], first_step: int) -> None:
         import mlflow
 
-        # Files need no database driver; MLflow wants to be told that they are meant.
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-        os.environ.setdefault("MLFLOW_TRACKING_URI", f"file:{_local_logs(output)}/mlruns")
-        mlflow.set_experiment(PROJECT)
+        set_places(_local_logs(output))
+        mlflow.set_experiment(os.environ["MLFLOW_EXPERIMENT_NAME"])
         self.run = mlflow.start_run(run_name=output)
-        if not first_step:
-            mlflow.log_params(settings)
+        mlflow.log_params(settings)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """One metric record each."""
@@ -118,4 +143,4 @@ TRACKERS: dict[str, Callable[[str, dict[str, Any], int], Tracker]] = {
     "mlflow": MlflowTracker,
     "none": NoTracker,
 }
-"""Tag to `tracker(output, settings, first_step)`, which opens a run, or continues it from a step on."""
+"""Tag to `tracker(output, settings, first_step)`, for a run that goes on behind `first_step`; 0 is its beginning."""
