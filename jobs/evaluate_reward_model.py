@@ -20,7 +20,7 @@ from rayrm.evaluation.judging import JudgingJob, find_split, judge_preferences
 from rayrm.evaluation.preference_report import JudgedSet, build_report, judge_set, summary_table
 from rayrm.evaluation.preferences import BootstrapConfig, JudgedPreference, flatten
 from rayrm.evaluation.report import format_table, write_report
-from rayrm.models.lookup import require_model
+from rayrm.models.folders import check_model
 from rayrm.rows import Preference
 from rayrm.runs import INPUT, finish_run, start_run, transform_rows, versions
 from rayrm.shards import list_shards, read_shard, read_table
@@ -71,7 +71,7 @@ def check(config: EvaluateRewardModel, sets: dict[str, str]) -> None:
 
     Raises CheckpointError, ConfigError or SchemaError.
     """
-    require_model(config.reward_model.model)
+    check_model(config.reward_model.model)
     if config.split == "held_out":
         find_split(config.reward_model.model)
     for path in sets.values():

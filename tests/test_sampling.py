@@ -1,6 +1,7 @@
 """Candidates from a real vLLM: the same for any sharding, one prefill a prompt, bad input told in one sentence."""
 
 import json
+import shutil
 
 import pyarrow as pa
 import pytest
@@ -225,7 +226,8 @@ def test_bad_input_is_told_before_ray_starts(policy, tmp_path):
 
 def test_a_model_that_is_not_whole_is_named(policy, tmp_path):
     check_model(policy)
-    check_model("owner/name")
+    with pytest.raises(CheckpointError, match="neither a folder 'runs/policy' nor a model of that name on the hub"):
+        check_model("runs/policy")
     with pytest.raises(CheckpointError, match=f"no config.json; '{policy}' holds one"):
         check_model(policy.removesuffix("/model"))
     (tmp_path / "config.json").write_text("{}")
@@ -236,6 +238,18 @@ def test_a_model_that_is_not_whole_is_named(policy, tmp_path):
     (tmp_path / "one.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"lacks two\.safetensors"):
         check_model(str(tmp_path))
+
+
+def test_a_checkpoint_of_an_unfinished_run_is_no_model(policy, tmp_path):
+    copy = tmp_path / "run" / "model"
+    shutil.copytree(policy, copy)
+    (copy / "rayrm.json").unlink(missing_ok=True)
+    check_model(str(copy))
+    (tmp_path / "run" / "started.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="a run that has not finished"):
+        check_model(str(copy))
+    (copy / "rayrm.json").write_text("{}")
+    check_model(str(copy))
 
 
 def test_a_model_on_another_filesystem_is_copied_once(policy):

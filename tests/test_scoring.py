@@ -190,9 +190,9 @@ def test_missing_model_reference_and_taken_name(tmp_path, bleurt_path):
     path = str(tmp_path / "in")
     with pytest.raises(CheckpointError, match="There is no model at"):
         check_scoring(path, BleurtScoring(model=str(tmp_path / "nothing")))
-    with pytest.raises(CheckpointError, match=r"holds no config\.json"):
+    with pytest.raises(CheckpointError, match=r"holds no model, for it has no config\.json"):
         check_scoring(path, BleurtScoring(model=path))
-    with pytest.raises(CheckpointError, match="no folder 'no/where', and the hub gives no such model"):
+    with pytest.raises(CheckpointError, match="neither a folder 'no/where' nor a model of that name on the hub"):
         check_scoring(path, BleurtScoring(model="no/where"))
 
     table = pq.read_table(tmp_path / "in" / "rows.parquet")

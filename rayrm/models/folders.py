@@ -9,15 +9,19 @@ from typing import Any
 
 from rayrm import files
 from rayrm.errors import CheckpointError
+from rayrm.runs import STARTED
 
 
 def check_model(path: str) -> None:
-    """Raise CheckpointError unless `path` reads like a hub id, or holds a config and all of a model's weights."""
+    """Raise CheckpointError unless `path` is a finished model with all of its weights, or the hub id of a model."""
     if files.is_hub_id(path):
+        _check_hub(path)
         return
     if not files.exists(path):
         raise CheckpointError(f"There is no model at '{path}'; give a folder with a model, or a hub id 'owner/name'.")
     fs, inner = files.filesystem(path)
+    if fs.exists(f"{inner.rpartition('/')[0]}/{STARTED}") and not fs.exists(f"{inner}/{files.CHECKPOINT_MARK}"):
+        raise CheckpointError(f"'{path}' is the checkpoint of a run that has not finished; finish that run first.")
     names = {Path(name).name for name in fs.find(inner, maxdepth=1)} if fs.isdir(inner) else set()
     if "config.json" not in names:
         deeper = files.join(path, "model")
@@ -32,6 +36,18 @@ def check_model(path: str) -> None:
         wanted = {name for name in names if name.endswith((".safetensors", ".bin"))} or {"model.safetensors"}
     if missing := sorted(wanted - names):
         raise CheckpointError(f"The model at '{path}' is not whole: it lacks {', '.join(missing[:3])}.")
+
+
+def _check_hub(path: str) -> None:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(path, "config.json")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".:")
+        raise CheckpointError(
+            f"There is neither a folder '{path}' nor a model of that name on the hub that can be reached: {reason}."
+        ) from error
 
 
 def local_model(path: str) -> str:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from rayrm import cluster
 from rayrm.errors import ConfigError, SchemaError
-from rayrm.models.lookup import require_model
+from rayrm.models.folders import check_model
 from rayrm.rows import NUMBERS, TEXTS, set_column, with_hidden
 from rayrm.runs import input_paths
 from rayrm.scoring.bleurt import BleurtScorer, BleurtScoring
@@ -76,7 +76,7 @@ def check_scoring(path: str, config: Scoring) -> None:
         raise ConfigError(f"The rows of '{path}' have scores named '{config.name}' already; set another scoring.name.")
     model = input_paths(config).get("model")
     if model is not None:
-        require_model(model)
+        check_model(model)
 
 
 class ScoreStage:
