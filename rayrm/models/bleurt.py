@@ -28,6 +28,7 @@ from torch import nn
 from rayrm import files
 from rayrm.batching import token_batches
 from rayrm.errors import CheckpointError
+from rayrm.models.folders import local_model
 
 SENTENCEPIECE_FILE = "spm.model"
 WORDPIECE_FILES = ("tokenizer.json", "vocab.txt")
@@ -114,7 +115,7 @@ def new_bleurt(**sizes: Any) -> Any:
 
 
 def load_bleurt(path: str, device: str | None = None, dtype: torch.dtype | None = None) -> tuple[Any, BleurtTokenizer]:
-    """A BLEURT checkpoint in evaluation mode, and its tokenizer, from a local folder or a hub id.
+    """A BLEURT checkpoint in evaluation mode, and its tokenizer, from a folder, a bucket or a hub id.
 
     `device` is the GPU when there is one; `dtype` is bf16 on a GPU and fp32 on a CPU. Pooler and classifier stay in
     fp32, because bf16 cannot tell scores apart that differ by less than 0.004. Raises CheckpointError when files are
@@ -124,7 +125,8 @@ def load_bleurt(path: str, device: str | None = None, dtype: torch.dtype | None 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     try:
-        model, loaded = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        folder = local_model(path)
+        model, loaded = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
         raise CheckpointError(f"'{path}' does not load as a BLEURT checkpoint: {reason}.") from error
@@ -134,7 +136,7 @@ def load_bleurt(path: str, device: str | None = None, dtype: torch.dtype | None 
     if faults:
         raise CheckpointError(f"The weights at '{path}' are not those of a BLEURT scorer ({'; '.join(faults)}).")
     _fill_buffers(model)
-    tokenizer = load_tokenizer(path, model.config)
+    tokenizer = load_tokenizer(folder, model.config)
     use_sdpa(model).to(device).eval()
     for head in (model.bleurt.pooler, model.classifier):
         head.float()
