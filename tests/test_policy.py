@@ -21,7 +21,7 @@ from jobs.train_policy import main
 from rayrm.config import build_config
 from rayrm.errors import CheckpointError, ConfigError, SchemaError
 from rayrm.models.creation import CreationConfig, create_model
-from rayrm.training.launch import prepare_worker
+from rayrm.training.launch import Parallelism, prepare_worker
 from rayrm.training.order import LengthGrouped
 from rayrm.training.policy import PolicyJob, check_policy
 from rayrm.training.policy import train_policy as train_with_ray
@@ -291,7 +291,21 @@ def test_rows_that_cannot_be_learned_are_counted(data, tmp_path):
     assert len(train[0]["input_ids"]) == 64
     rendered = renderer.pair_ids(rows[3]["prompt"], rows[3]["reference"])
     assert list(train[1]["input_ids"]) == rendered.ids
+    with pytest.raises(SchemaError, match="holds out no row"):
+        read_examples(f"{tmp_path}/rows.parquet", renderer, 1e-6, 0)
     assert list(train[1]["labels"]) == [-100] * rendered.num_prompt + rendered.ids[rendered.num_prompt :]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"zero_stage": 2, "offload_parameters": True}, "needs zero_stage 3, not 2"),
+        ({"zero_stage": 0, "offload_optimizer": True}, "needs zero_stage 1 or more"),
+    ],
+)
+def test_only_what_is_partitioned_is_offloaded(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        build_config(Parallelism, settings, "the test")
 
 
 # The order of rows.
@@ -344,6 +358,8 @@ def test_missing_things_are_told_before_anything_starts(data, tmp_path):
     words = [f"input={tmp_path}/rows.parquet", f"output={tmp_path}/out", f"training.model={data}/base"]
     with pytest.raises(SchemaError, match="lacks the column reference"):
         main(words)
+    with pytest.raises(ConfigError, match="holds out 0 of the 25 groups"):
+        main([f"input={data}/rows.parquet", *words[1:], "training.held_out_fraction=1e-6"])
     assert not (tmp_path / "out").exists()
     assert check_policy(make_job(data, "nowhere", model=f"{tmp_path}/mute", chat_template="none")) is None
 

@@ -1,8 +1,20 @@
+import os
+
 import pytest
 
-from rayrm.training.tracking import TRACKERS
+from rayrm.errors import ConfigError
+from rayrm.training.tracking import TRACKERS, check_tracker, set_places
 
 SETTINGS = {"lr": 0.1, "objective": {"type": "bradley_terry"}}
+PLACES = ("WANDB_DIR", "WANDB_PROJECT", "MLFLOW_TRACKING_URI", "MLFLOW_ALLOW_FILE_STORE", "MLFLOW_EXPERIMENT_NAME")
+
+
+@pytest.fixture(autouse=True)
+def no_places(monkeypatch):
+    """An environment that says nothing about trackers, and is put back."""
+    for name in PLACES:
+        monkeypatch.setenv(name, "undone when the test ends")
+        monkeypatch.delenv(name)
 
 
 def test_tensorboard_holds_each_step_once_after_a_resume(tmp_path):
@@ -26,11 +38,8 @@ def test_tensorboard_holds_each_step_once_after_a_resume(tmp_path):
     assert [event.step for event in events.Scalars("eval_accuracy/en-de")] == [1, 2]
 
 
-def test_mlflow_gets_metrics_and_settings(tmp_path, monkeypatch):
+def test_mlflow_gets_metrics_and_settings(tmp_path):
     mlflow = pytest.importorskip("mlflow")
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_ALLOW_FILE_STORE"):
-        monkeypatch.setenv(name, "undone when the test ends")
-        monkeypatch.delenv(name)
     tracker = TRACKERS["mlflow"](str(tmp_path), SETTINGS, 0)
     tracker.log({"loss": 0.5, "eval_accuracy/en-de": 0.75}, 2)
     run = tracker.run.info.run_id
@@ -39,6 +48,10 @@ def test_mlflow_gets_metrics_and_settings(tmp_path, monkeypatch):
     assert found.metrics == {"loss": 0.5, "eval_accuracy/en-de": 0.75}
     assert found.params["lr"] == "0.1"
     assert list((tmp_path / "logs" / "mlruns").glob(f"*/{run}"))
+    resumed = TRACKERS["mlflow"](str(tmp_path), SETTINGS, 2)
+    resumed.close()
+    assert resumed.run.info.run_id != run
+    assert mlflow.get_run(resumed.run.info.run_id).data.params["lr"] == "0.1"
 
 
 def test_wandb_gets_a_run_that_a_resume_continues(tmp_path, monkeypatch):
@@ -62,3 +75,17 @@ def test_none_sends_nothing(tmp_path):
     tracker.log({"loss": 0.5}, 1)
     tracker.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_environment_says_where_trackers_write(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker")
+    set_places("/logs")
+    assert [os.environ[name] for name in PLACES] == ["/logs", "rayrm", "http://tracker", "true", "rayrm"]
+
+
+def test_a_tracker_that_is_not_installed_is_told(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"report_to=wandb needs .* pip install 'rayrm\[tracking\]'"):
+        check_tracker("wandb")
+    check_tracker("tensorboard")
+    check_tracker("none")

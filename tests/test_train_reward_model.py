@@ -1,6 +1,7 @@
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from rayrm.config import build_config
 from rayrm.errors import CheckpointError, ConfigError, OutputExistsError, SchemaError
 from rayrm.models.creation import CreationConfig, create_model
 from rayrm.training.batches import batch_of_step, micro_batches, steps_per_epoch
+from rayrm.training.launch import fetch
 from rayrm.training.objectives import BradleyTerry, bradley_terry_loss
 from rayrm.training.optimization import Optimization
 from rayrm.training.preferences import make_renderer, render_row, render_shard
@@ -361,6 +363,36 @@ def test_two_workers_with_zero_3_end_like_one_and_are_verified(data, tmp_path, r
         train_reward_model(make_job(data, tmp_path / "two", workers=2, zero_stage=3, lr=1e-4))
 
 
+def test_templates_that_cannot_be_scored_claim_no_output(data, tmp_path):
+    shutil.copytree(data / "policy", tmp_path / "mute")
+    (tmp_path / "mute/chat_template.jinja").unlink()
+    (tmp_path / "broken.jinja").write_text("{{ raise_exception('no such roles') }}")
+    (tmp_path / "changing.jinja").write_text("{{ messages | length }}")
+    for changes, error, message in (
+        ({"model": f"{tmp_path}/mute"}, CheckpointError, "has no chat template"),
+        ({"chat_template": f"{tmp_path}/broken.jinja"}, CheckpointError, "no such roles; set chat_template"),
+        ({"chat_template": f"{tmp_path}/changing.jinja"}, ConfigError, "cannot be scored"),
+    ):
+        with pytest.raises(error, match=message):
+            train_reward_model(make_job(data, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_errors_of_tasks_come_without_their_traceback(monkeypatch):
+    import ray
+    from ray.exceptions import RayTaskError
+
+    def get(references):
+        raise RayTaskError("render_shard", "Traceback", references[0]).as_instanceof_cause()
+
+    monkeypatch.setattr(ray, "get", get)
+    with pytest.raises(SchemaError) as found:
+        fetch([SchemaError("no rows")])
+    assert type(found.value) is SchemaError and str(found.value) == "no rows"
+    with pytest.raises(RayTaskError):
+        fetch([ValueError("a fault")])
+
+
 @pytest.mark.ray
 def test_faults_of_the_input_are_found_before_workers_start(data, tmp_path, ray_cluster):
     def run(name, rows=None, **training):
@@ -383,6 +415,7 @@ def test_faults_of_the_input_are_found_before_workers_start(data, tmp_path, ray_
         run("all", max_length=8)
     with pytest.raises(ConfigError, match="holds out none of the groups"):
         run("split", held_out_fraction=1e-6)
+    assert not list(tmp_path.glob("*/started.json"))
 
 
 @pytest.mark.ray
