@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rayrm.cleaning import CleaningConfig, check_unscored, clean_candidates
+from rayrm.cleaning import CleaningConfig, check_filters, check_unscored, clean_candidates
 from rayrm.config import parse_args, run_job
 from rayrm.rows import Candidates
 from rayrm.runs import RowsJob, transform_rows
@@ -22,10 +22,13 @@ class CleanCandidates(RowsJob):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Clean the candidates of `argv`. Raises SchemaError when they are scored already."""
+    """Run the job. Raises SchemaError when the rows are scored already, or a filter has nothing to look at."""
     config = parse_args(CleanCandidates, argv)
     for shard in list_shards(config.input, config.shard_rows)[:1]:
-        check_unscored(read_shard(shard, limit=1).schema, f"'{config.input}'")
+        rows = read_shard(shard)
+        check_unscored(rows.schema, f"'{config.input}'")
+        Candidates.check(rows.schema, f"'{config.input}'")
+        check_filters(rows, config.cleaning, f"'{config.input}'")
     transform_rows(config, Candidates, Candidates, lambda rows: clean_candidates(rows, config.cleaning))
 
 

@@ -8,12 +8,13 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field
 
 from rayrm.config import Config
 from rayrm.errors import SchemaError
 from rayrm.languages import unicode_scripts
-from rayrm.rows import Candidates, map_rows
+from rayrm.rows import Candidates, map_table
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -41,11 +42,18 @@ READS = ("source", "lang", "candidates")
 def clean_candidates(candidates: Dataset, config: CleaningConfig) -> Dataset:
     """Clean every candidate; a row keeps its candidates in their order, and one without any is dropped.
 
-    Reads source, lang, candidates; replaces candidates. Counted: candidates that are `empty`, `duplicate`,
-    `source_copy` or `wrong_script`, rows with `no_candidates`, and rows that a filter could not judge but kept:
-    `no_source_kept` has no source to compare with, `unknown_script_kept` is in a language that is not in the table.
+    Reads source, lang, candidates; replaces candidates and removes num_unfinished, which counted the old ones. Counted
+    are candidates that are `empty`, `duplicate`, `source_copy` or `wrong_script`, and rows with `no_candidates`. A row
+    without a source, or in a language that is not in the table, passes the filter that would look at it.
     """
-    return map_rows(candidates, clean_row, config, reads=READS, writes=Candidates)
+    return candidates.map_batches(clean_table, fn_kwargs={"config": config}, batch_format="pyarrow", batch_size=None)
+
+
+def clean_table(table: pa.Table, config: CleaningConfig) -> pa.Table:
+    """`clean_candidates` for one table."""
+    if "num_unfinished" in table.column_names:
+        table = table.drop_columns("num_unfinished")
+    return map_table(table, clean_row, config, reads=READS, writes=Candidates)
 
 
 def check_unscored(schema: pa.Schema, where: str) -> None:
@@ -58,15 +66,26 @@ def check_unscored(schema: pa.Schema, where: str) -> None:
         )
 
 
+def check_filters(rows: pa.Table, config: CleaningConfig, where: str) -> None:
+    """Raise SchemaError when a filter would find nothing to look at in all of `rows`."""
+    if not rows.num_rows:
+        return
+    if config.drop_source_copies and (
+        "source" not in rows.column_names or not pc.any(rows["source"].is_valid()).as_py()
+    ):
+        raise SchemaError(f"{where} has no sources to compare with; set cleaning.drop_source_copies=false.")
+    languages = sorted(filter(None, pc.unique(rows["lang"]).to_pylist()))
+    if config.min_script_fraction is not None and not any(map(unicode_scripts, languages)):
+        raise SchemaError(
+            f"{where} is in {', '.join(languages)}, whose scripts are not known; unset cleaning.min_script_fraction."
+        )
+
+
 def clean_row(row: dict[str, Any], config: CleaningConfig) -> tuple[dict[str, Any] | None, list[str]]:
     """The cleaned candidates of a row, or None if none is left; and the reasons of all that went out."""
     scripts = unicode_scripts(row["lang"]) if config.min_script_fraction is not None else None
     source = _fold(row["source"] or "") if config.drop_source_copies else ""
     reasons = []
-    if config.drop_source_copies and not source:
-        reasons.append("no_source_kept")
-    if config.min_script_fraction is not None and scripts is None:
-        reasons.append("unknown_script_kept")
     kept: dict[str, None] = {}
     for candidate in row["candidates"] or []:
         text = clean_text(candidate or "", config)

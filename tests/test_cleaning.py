@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import clean_candidates
-from rayrm.cleaning import CleaningConfig, clean_row, clean_text, script_fraction
+from rayrm.cleaning import CleaningConfig, clean_row, clean_table, clean_text, script_fraction
 from rayrm.config import build_config
 from rayrm.errors import ConfigError, SchemaError
 from rayrm.shards import read_table
@@ -73,9 +73,24 @@ def test_wrong_script_goes_out():
     assert script_fraction("Собака Rex", ("CYRILLIC",)) == pytest.approx(6 / 9)
 
 
-def test_filters_with_nothing_to_look_at_are_counted():
-    assert clean(["x"], lang="xx", min_script_fraction=0.5) == (["x"], ["unknown_script_kept"])
-    assert clean(["x"], source=None, drop_source_copies=True) == (["x"], ["no_source_kept"])
+def test_rows_that_a_filter_cannot_judge_pass_it():
+    assert clean(["x"], lang="xx", min_script_fraction=0.5) == (["x"], [])
+    assert clean(["x"], source=None, drop_source_copies=True) == (["x"], [])
+
+
+def test_filters_with_nothing_to_look_at_are_refused(tmp_path):
+    source = candidates_file(tmp_path / "in.parquet", source=pa.nulls(3, pa.string()), lang=["xx", "xx", "yy"])
+    for option, message in [("drop_source_copies=true", "no sources"), ("min_script_fraction=0.5", "is in xx, yy")]:
+        with pytest.raises(SchemaError, match=message):
+            clean_candidates.main([source, f"output={tmp_path / 'out'}", f"cleaning.{option}"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_counts_of_the_old_candidates_go():
+    row = {"source": ["s"], "lang": ["de"], "candidates": [["a", "a"]], "num_unfinished": [1]}
+    table = clean_table(pa.table(row), config())
+    assert "num_unfinished" not in table.column_names
+    assert table["candidates"].to_pylist() == [["a"]]
 
 
 def test_empty_stop_string_is_refused():
