@@ -17,8 +17,8 @@ import yaml
 from pydantic import Field
 
 from rayrm import files
-from rayrm.config import Config, build_config, parse_args, run_job
-from rayrm.errors import ConfigError, RayRMError
+from rayrm.config import Config, build_config, find_told, parse_args, run_job
+from rayrm.errors import ConfigError
 from rayrm.evaluation.report import Table, format_table
 from rayrm.training.launch import MARK
 
@@ -135,9 +135,9 @@ def run_step(step: LoadedStep) -> str:
     was_complete = any(files.exists(mark) for mark in marks)
     try:
         step.module.main(step.words)
-    except RayRMError as error:
-        raise type(error)(f"Step '{step.name}': {error}") from error
     except Exception as error:
+        if told := find_told(error):
+            raise type(told)(f"Step '{step.name}': {told}") from error
         error.add_note(f"This happened in step '{step.name}' of the recipe.")
         raise
     return "complete already" if was_complete else "done"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import types
 import typing
@@ -15,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticUndefined
 
+from rayrm import errors
 from rayrm.errors import ConfigError, RayRMError
 
 NOT_IDENTITY = {"identity": False}
@@ -234,9 +236,30 @@ def run_job(main: Callable[[], object]) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         main()
-    except RayRMError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    except Exception as error:
+        told = find_told(error)
+        if told is None:
+            raise
+        print(f"{type(told).__name__}: {told}", file=sys.stderr)
         raise SystemExit(1) from error
+
+
+def find_told(error: BaseException | None) -> RayRMError | None:
+    """The outermost RayRMError in a chain of causes, without what Ray wraps around it; None where there is none."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        # Ray keeps what an actor raised as `cause`, in an error that is of the cause's class and holds a whole trace.
+        cause = getattr(error, "cause", None)
+        if isinstance(error, RayRMError) and not isinstance(cause, BaseException):
+            return error
+        # Of an actor that dies while it starts only the text of its trace is left.
+        traced = re.findall(r"^rayrm\.errors\.(\w+): (.+)", str(error), re.MULTILINE)
+        if traced and not isinstance(cause, BaseException):
+            name, message = traced[-1]
+            return typing.cast(RayRMError, getattr(errors, name)(message))
+        error = cause if isinstance(cause, BaseException) else error.__cause__
+    return None
 
 
 def load_env() -> None:

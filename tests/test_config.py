@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from rayrm.config import NOT_IDENTITY, Config, describe, identity, load_config, parse_args
+from rayrm.config import NOT_IDENTITY, Config, describe, identity, load_config, parse_args, run_job
 from rayrm.errors import ConfigError
 
 
@@ -108,3 +108,31 @@ def test_local_paths_become_absolute_and_hub_ids_and_urls_stay(tmp_path, monkeyp
     assert config.sets == {"a": str(tmp_path / "rows"), "b": "s3://b/rows"}
     assert config.inner.model == "owner/name"
     assert load_config(Paths, None, ["output=s3://b/out"]).output == "s3://b/out"
+
+
+def test_a_job_tells_the_error_of_its_actor(capsys):
+    class TaskError(ConfigError):
+        cause = ConfigError("The model is broken.")
+
+    def fail():
+        raise ValueError("a long trace") from TaskError()
+
+    with pytest.raises(SystemExit) as ended:
+        run_job(fail)
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "ConfigError: The model is broken.\n"
+
+
+def test_a_job_tells_the_error_in_the_trace_of_an_actor_that_died(capsys):
+    def fail():
+        trace = "Traceback:\n  File 'x'\nrayrm.errors.CheckpointError: There is no head.\n"
+        raise RuntimeError(f"The actor died because of an error raised in its creation task, {trace}")
+
+    with pytest.raises(SystemExit):
+        run_job(fail)
+    assert capsys.readouterr().err == "CheckpointError: There is no head.\n"
+
+
+def test_an_error_that_no_one_foresaw_keeps_its_trace():
+    with pytest.raises(ZeroDivisionError):
+        run_job(lambda: 1 / 0)
