@@ -20,10 +20,11 @@ from rayrm.evaluation.judging import JudgingJob, find_split, judge_preferences
 from rayrm.evaluation.preference_report import JudgedSet, build_report, judge_set, summary_table
 from rayrm.evaluation.preferences import BootstrapConfig, JudgedPreference, flatten
 from rayrm.evaluation.report import format_table, write_report
-from rayrm.models.folders import check_model
 from rayrm.rows import Preference
 from rayrm.runs import INPUT, finish_run, start_run, transform_rows, versions
-from rayrm.shards import list_shards, read_shard, read_table
+from rayrm.scoring.reward_model import check_reward_model, find_mark
+from rayrm.shards import iter_tables, list_shards, read_shard, read_table
+from rayrm.splits import is_held_out
 
 MAIN = "preferences"
 METRICS, REPORT = "metrics.json", "report.html"
@@ -54,29 +55,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     sets = {MAIN: config.input, **config.agreement}
     check(config, sets)
     report = files.join(config.output, REPORT)
+    is_verified = "rendering" in find_mark(config.reward_model.model)
     if start_run(config):
         judged = [judge_rows(config, name, path) for name, path in sets.items()]
         metrics = {part.name: flatten(part.slices) for part in judged}
         files.write_json(files.join(config.output, METRICS), metrics)
         lead = describe_evaluation(config, judged[0])
-        write_report(report, build_report(judged, lead, list_facts(config), config.bootstrap, config.num_examples))
-        for part in judged:
-            print(f"\n{part.name}\n{format_table(summary_table(part.slices, config.bootstrap.confidence))}")
-        finish_run(config, {"metrics": metrics})
+        facts = {"verified": str(is_verified), **list_facts(config)}
+        write_report(report, build_report(judged, lead, facts, config.bootstrap, config.num_examples))
+        finish_run(config, {"metrics": metrics, "verified": is_verified})
+    else:
+        judged = [read_judged(config, name) for name in sets]
+    for part in judged:
+        print(f"\n{part.name}\n{format_table(summary_table(part.slices, config.bootstrap.confidence))}")
     print(f"\nThe page with figures and examples: {report}", flush=True)
 
 
 def check(config: EvaluateRewardModel, sets: dict[str, str]) -> None:
     """Find out before any actor starts whether there is a model, a split and rows.
 
-    Raises CheckpointError, ConfigError or SchemaError.
+    Raises CheckpointError, ConfigError, SchemaError, or EvaluationError when a set has no row of the split.
     """
-    check_model(config.reward_model.model)
-    if config.split == "held_out":
-        find_split(config.reward_model.model)
+    model = config.reward_model.model
+    check_reward_model(config.reward_model)
+    split = find_split(model) if config.split == "held_out" else None
     for path in sets.values():
         for shard in list_shards(path, 1 << 62)[:1]:
             Preference.check(read_shard(shard, limit=1).schema, f"'{path}'")
+        if split is None:
+            continue
+        groups = (group for table in iter_tables(path, ["group"]) for group in table["group"].to_pylist())
+        if not any(is_held_out(group, split.fraction, split.seed) for group in groups):
+            raise EvaluationError(f"'{path}' holds no row of a group that '{model}' held out of training.")
 
 
 def judge_rows(config: EvaluateRewardModel, name: str, path: str) -> JudgedSet:
@@ -85,10 +95,13 @@ def judge_rows(config: EvaluateRewardModel, name: str, path: str) -> JudgedSet:
     values: dict[str, Any] = {field: getattr(config, field) for field in JudgingJob.model_fields}
     job = JudgingJob(**{**values, "input": path, "output": output})
     stage = partial(judge_preferences, config=job)
-    counts = transform_rows(job, Preference, JudgedPreference, stage, job.max_failed_fraction)["counts"]
-    if not counts["written"]:
-        raise EvaluationError(f"'{path}' holds no row of a group that '{job.reward_model.model}' held out of training.")
-    return judge_set(name, read_table(output), config.bootstrap)
+    transform_rows(job, Preference, JudgedPreference, stage, job.max_failed_fraction)
+    return read_judged(config, name)
+
+
+def read_judged(config: EvaluateRewardModel, name: str) -> JudgedSet:
+    """Measure the rows that stand rewarded in `<output>/rows/<name>`."""
+    return judge_set(name, read_table(files.join(config.output, "rows", name)), config.bootstrap)
 
 
 def describe_evaluation(config: EvaluateRewardModel, judged: JudgedSet) -> str:

@@ -118,6 +118,8 @@ def test_bad_names_and_paths_are_named(tmp_path, reward_model):
         main(words(str(tmp_path / "a" / "nothing"), path, tmp_path / "out"))
     with pytest.raises(ConfigError, match="names no held-out share"):
         main(words(reward_model, path, tmp_path / "out", "split=held_out"))
+    with pytest.raises(CheckpointError, match="has no chat template; set chat_template"):
+        main(words(reward_model, path, tmp_path / "out", "reward_model.chat_template=null"))
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"id": "a", "group": "b"}\n')
     with pytest.raises(SchemaError, match="lacks prompt, chosen, rejected"):
@@ -166,6 +168,7 @@ def test_job_writes_rows_metrics_and_page(evaluated):
     assert metrics["grammar"]["num_rows/en-de"] == 2
     mark = json.loads((out / "run.json").read_text())
     assert mark["metrics"] == metrics
+    assert mark["verified"] is False
     assert set(mark["inputs"]) == {"input", "reward_model.model", "agreement.grammar"}
     assert "Agreement with grammar" in (out / "report.html").read_text()
 
@@ -190,7 +193,8 @@ def test_finished_evaluation_is_not_done_again(evaluated, capsys):
     argv, out = evaluated
     before = (out / "rows" / "preferences" / "run.json").stat().st_mtime_ns
     main(argv)
-    assert str(out / "report.html") in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "en-de" in printed and str(out / "report.html") in printed
     assert (out / "rows" / "preferences" / "run.json").stat().st_mtime_ns == before
     with pytest.raises(OutputExistsError, match="num_resamples"):
         main([*argv, "bootstrap.num_resamples=60"])
@@ -214,6 +218,17 @@ def test_killed_run_goes_on_with_the_missing_shards(evaluated, tmp_path, capsys)
     assert "en-de" in printed and str(out / "report.html") in printed
 
 
+def test_a_set_without_held_out_groups_is_refused(tmp_path, reward_model):
+    model = tmp_path / "model"
+    shutil.copytree(reward_model, model)
+    files.write_json(f"{model}/rayrm.json", {"config": {"training": {"held_out_fraction": 0.3, "seed": 5}}})
+    trained_on = next(f"g{i}" for i in range(40) if not is_held_out(f"g{i}", 0.3, 5))
+    path = write_preferences(tmp_path / "seen.parquet", preferences(3, group=trained_on))
+    with pytest.raises(EvaluationError, match="holds no row of a group"):
+        main(words(str(model), path, tmp_path / "out", "split=held_out"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.ray
 def test_only_held_out_groups_count(ray_cluster, tmp_path, reward_model):
     path = write_preferences(tmp_path / "in.parquet", preferences(40))
@@ -227,12 +242,6 @@ def test_only_held_out_groups_count(ray_cluster, tmp_path, reward_model):
         judged = read_table(str(tmp_path / "out" / "rows" / "preferences"))
         assert set(judged["id"].to_pylist()) == expected
         assert "whose groups it was never trained on" in (tmp_path / "out" / "report.html").read_text()
-
-        trained_on = next(f"g{i}" for i in range(40) if f"r{i}" not in expected)
-        path = write_preferences(tmp_path / "seen.parquet", preferences(3, group=trained_on))
-        with pytest.raises(EvaluationError, match="holds no row of a group"):
-            main(words(str(tmp_path / "model"), path, tmp_path / "out2", "split=held_out"))
-        assert not (tmp_path / "out2" / "run.json").exists()
     finally:
         mark.unlink()
 

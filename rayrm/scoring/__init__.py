@@ -12,10 +12,9 @@ from rayrm import cluster
 from rayrm.errors import ConfigError, SchemaError
 from rayrm.models.folders import check_model
 from rayrm.rows import NUMBERS, TEXTS, set_column, with_hidden
-from rayrm.runs import input_paths
 from rayrm.scoring.bleurt import BleurtScorer, BleurtScoring
 from rayrm.scoring.grammar import GrammarScorer, GrammarScoring
-from rayrm.scoring.reward_model import RewardModelScorer, RewardModelScoring
+from rayrm.scoring.reward_model import RewardModelScorer, RewardModelScoring, check_reward_model
 from rayrm.shards import list_shards, read_shard
 
 if TYPE_CHECKING:
@@ -74,9 +73,10 @@ def check_scoring(path: str, config: Scoring) -> None:
         )
     if "scores" in schema.names and config.name in [field.name for field in schema.field("scores").type]:
         raise ConfigError(f"The rows of '{path}' have scores named '{config.name}' already; set another scoring.name.")
-    model = input_paths(config).get("model")
-    if model is not None:
-        check_model(model)
+    if isinstance(config, RewardModelScoring):
+        check_reward_model(config)
+    elif isinstance(config, BleurtScoring):
+        check_model(config.model)
 
 
 class ScoreStage:

@@ -6,7 +6,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from rayrm import files
 from rayrm.config import NOT_IDENTITY, Config, Workers
+from rayrm.models.folders import check_model, load_tokenizer
+from rayrm.models.rendering import load_template
 from rayrm.prompts import direct_prompt
 from rayrm.rows import Message
 from rayrm.runs import INPUT
@@ -37,6 +40,22 @@ class RewardModelScoring(Config):
     """Most tokens of a batch, padding included."""
     workers: Workers = Field(default_factory=Workers, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
     """Actors that score."""
+
+
+def find_mark(model: str) -> dict[str, Any]:
+    """The completion mark of the reward model at `model`; empty where it was not trained here."""
+    mark: dict[str, Any] = files.read_json(files.join(model, files.CHECKPOINT_MARK)) or {}
+    return mark
+
+
+def check_reward_model(config: RewardModelScoring) -> None:
+    """Find out, before any actor starts, whether there is a model and a way to render texts for it.
+
+    Raises CheckpointError or ConfigError.
+    """
+    check_model(config.model)
+    stored = find_mark(config.model).get("rendering", {})
+    load_template(config.chat_template or stored.get("chat_template"), load_tokenizer(config.model), config.model)
 
 
 class RewardModelScorer:
