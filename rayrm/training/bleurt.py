@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -117,11 +116,7 @@ def train_bleurt(job: BleurtJob) -> dict[str, Any]:
     ConfigError when the tracker is not installed.
     """
     check_tracker(job.report_to)
-    paths = {
-        name: path if "://" in path else str(Path(path).absolute())
-        for name, path in (("input", job.input), ("output", job.output))
-    }
-    config = {"job": job.model_copy(update=paths).model_dump()}
+    config = {"job": job.model_dump()}
     return launch(_loop, config, job.output, job.workers, f"training into '{job.output}'")
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from rayrm import files
 from rayrm.config import NOT_IDENTITY, Config
 from rayrm.errors import CheckpointError, ConfigError, SchemaError
 from rayrm.models.folders import check_model, load_tokenizer
@@ -143,10 +141,9 @@ def train_policy(job: PolicyJob, template: str | None) -> dict[str, Any]:
     """Train into `<output>/model` and return the facts of the run; the mark is left to the caller.
 
     `template` is what `check_policy` gave. When memory runs out, training goes on from the last state with half the
-    micro batch. Raises CheckpointError when
-    training fails for good, and ResourceError when the cluster can never hold the workers.
+    micro batch. Raises CheckpointError when training fails for good, and ResourceError when the cluster can never hold
+    the workers.
     """
-    job = _absolute(job)
     config = {"job": job, "template": template, "show_progress": sys.stderr.isatty()}
     what = f"training into '{job.output}'"
     while True:
@@ -190,15 +187,3 @@ def _check_split(path: str, training: SupervisedFinetuning) -> None:
             f"held_out_fraction {training.held_out_fraction:g} holds out {held_out} of the {len(groups)} groups of "
             f"'{path}', and both sides need some; choose another, or set it to 0."
         )
-
-
-def _absolute(job: PolicyJob) -> PolicyJob:
-    """Workers may run in another folder than this process."""
-
-    def absolute(path: str) -> str:
-        return path if "://" in path else str(Path(path).absolute())
-
-    model = absolute(job.training.model) if files.exists(job.training.model) else job.training.model
-    training = job.training.model_copy(update={"model": model})
-    update = {"input": absolute(job.input), "output": absolute(job.output), "training": training}
-    return job.model_copy(update=update)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -89,7 +88,7 @@ def train_reward_model(config: RewardModelJob) -> dict[str, Any]:
         _check_job(config)
         cluster.require(config.workers.num_workers, config.workers.num_cpus, config.workers.num_gpus, what)
     if start_run(config, mark=MARK):
-        finish_run(config, _train(_absolute(config), what), mark=MARK)
+        finish_run(config, _train(config, what), mark=MARK)
     done: dict[str, Any] = files.read_json(files.join(config.output, MARK))
     return done
 
@@ -134,15 +133,3 @@ def _train(config: RewardModelJob, what: str) -> dict[str, Any]:
         "counts": rendered["counts"],
         **facts,
     }
-
-
-def _absolute(config: RewardModelJob) -> RewardModelJob:
-    """Workers may run in another folder than this process."""
-
-    def absolute(path: str) -> str:
-        return path if "://" in path or not files.exists(path) else str(Path(path).absolute())
-
-    training = config.training.model_copy(update={"model": absolute(config.training.model)})
-    return config.model_copy(
-        update={"input": absolute(config.input), "output": absolute(config.output), "training": training}
-    )
