@@ -45,3 +45,17 @@ def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def process_group(tmp_path_factory):
+    """A process group of one; DeepSpeed keeps the first one that it sees, so there is one for the session."""
+    import torch.distributed as dist
+
+    from rayrm.training.launch import prepare_worker
+
+    prepare_worker(1, use_gpu=False)
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

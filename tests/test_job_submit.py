@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -31,16 +32,17 @@ def test_build_preferences_by_ray_job_submit(ray_cluster, tmp_path):
     pq.write_table(rows, tmp_path / "scored.parquet")
     ray = str(Path(sys.executable).with_name("ray"))
     words = [f"input={tmp_path}/scored.parquet", f"output={tmp_path}/pairs", "pairing.min_margin=0.5"]
-    done = subprocess.run(
-        [ray, "job", "submit", "--address", ray_cluster, "--working-dir", ".", "--"]
-        + [sys.executable, "-m", "jobs.build_preferences", *words],
-        cwd=ROOT,
-        env={**os.environ, "RAY_AUTH_MODE": "token"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    command = [ray, "job", "submit", "--address", ray_cluster, "--working-dir", ".", "--"]
+    command += [sys.executable, "-m", "jobs.build_preferences", *words]
+    environment = {**os.environ, "RAY_AUTH_MODE": "token"}
+    for _ in range(20):
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        # A busy machine may take a minute until the node's agent has told the dashboard that it is there.
+        if "No available agent" not in done.stderr:
+            break
+        time.sleep(5)
     assert done.returncode == 0, done.stdout + done.stderr
     pairs = read_table(str(tmp_path / "pairs")).to_pylist()
     assert [(p["id"], p["chosen"], p["rejected"], p["margin"]) for p in pairs] == [

@@ -21,7 +21,7 @@ from jobs.train_policy import main
 from rayrm.config import build_config
 from rayrm.errors import CheckpointError, ConfigError, SchemaError
 from rayrm.models.creation import CreationConfig, create_model
-from rayrm.training.launch import Parallelism, prepare_worker
+from rayrm.training.launch import Parallelism
 from rayrm.training.order import LengthGrouped
 from rayrm.training.policy import PolicyJob, check_policy
 from rayrm.training.policy import train_policy as train_with_ray
@@ -94,24 +94,14 @@ def load(output):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """A process group of one, with the environment that Ray Train gives a worker."""
-    import torch.distributed as dist
-
-    prepare_worker(1, use_gpu=False)
-    environment = pytest.MonkeyPatch()
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}.items():
-        environment.setenv(name, value)
-    environment.setenv("MASTER_ADDR", "127.0.0.1")
-    environment.setenv("MASTER_PORT", "0")
-    started = not dist.is_initialized()
-    if started:
-        store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
-        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    if started:
-        dist.destroy_process_group()
-    environment.undo()
+def alone(process_group):
+    """The environment that Ray Train gives the only worker of a run."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}.items():
+            environment.setenv(name, value)
+        environment.setenv("MASTER_ADDR", "127.0.0.1")
+        environment.setenv("MASTER_PORT", "0")
+        yield
 
 
 class State:

@@ -282,7 +282,8 @@ def test_committed_shards_are_never_scored_again(tmp_path, bleurt_path, ray_clus
         return sum(int(line) for line in log.read_text().splitlines())
 
     kept = sum(pq.read_metadata(path).num_rows for path in done)
-    assert pairs_seen(tmp_path / "first.log") == 2 * 4 * 3
+    # The actor may take the fourth shard before the run ends.
+    assert pairs_seen(tmp_path / "first.log") in (2 * 4 * 3, 3 * 4 * 3)
     assert pairs_seen(tmp_path / "second.log") == (16 - kept) * 3
     assert {path: path.stat().st_mtime_ns for path in done} == done
     assert mark["counts"]["written"] == 16

@@ -189,20 +189,11 @@ def test_long_prompts_are_cut_when_asked_to(data):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """A process group of one, as a Ray Train worker has it."""
-    import torch.distributed as dist
-
-    from rayrm.training.launch import prepare_worker
-
-    prepare_worker(1, use_gpu=False)
-    environment = pytest.MonkeyPatch()
-    environment.setenv("LOCAL_RANK", "0")
-    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-    environment.undo()
+def alone(process_group):
+    """The environment that Ray Train gives the only worker of a run."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("LOCAL_RANK", "0")
+        yield
 
 
 def start(job):
