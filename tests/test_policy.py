@@ -11,6 +11,7 @@ import time
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -93,14 +94,11 @@ def load(output):
 # Training, in this process.
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def alone(process_group):
-    """The environment that Ray Train gives the only worker of a run."""
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}.items():
-            environment.setenv(name, value)
-        environment.setenv("MASTER_ADDR", "127.0.0.1")
-        environment.setenv("MASTER_PORT", "0")
+    """The environment that Ray Train gives the only worker of a run; what a run adds to it is gone afterwards."""
+    given = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    with mock.patch.dict(os.environ, {**given, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}):
         yield
 
 
