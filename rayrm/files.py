@@ -39,12 +39,6 @@ def exists(path: str) -> bool:
     return bool(fs.exists(inner))
 
 
-def make_folder(path: str) -> None:
-    """Create a folder and its parents; a folder that is there stays as it is."""
-    fs, inner = filesystem(path)
-    fs.makedirs(inner, exist_ok=True)
-
-
 @contextmanager
 def atomic_file(path: str) -> Iterator[IO[bytes]]:
     """Open a file for writing that appears at `path` whole, when the block ends well, or not at all."""

@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -301,10 +301,3 @@ def _check_failures(counts: dict[str, Any], max_failed_fraction: float, output: 
             f"{failed:,} of {scored:,} scores of '{output}' failed ({describe_counts(counts)}); "
             f"max_failed_fraction allows {max_failed_fraction:g}."
         )
-
-
-def write_rows(config: Any, tables: Sequence[pa.Table], writes: RowType, facts: dict[str, Any]) -> dict[str, Any]:
-    """Commit tables that are there already as the shards of a run, and mark it complete."""
-    for index, table in enumerate(tables):
-        commit_shard(shard_path(config.output, index, len(tables)), with_hidden(table), writes)
-    return finish_run(config, {"counts": read_counts(config.output, len(tables)), **facts})
