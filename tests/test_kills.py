@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -159,6 +160,8 @@ def run_on_two_nodes(pattern, count, job, words):
     """Run a job on two nodes of one machine, one of which dies when `pattern` matches `count` files."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     script = Path(__file__).with_name("two_nodes.py")
+    # Where Ray notes which cluster is this machine's; other jobs must not join this one.
+    env["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray")
     done = subprocess.run(
         [sys.executable, str(script), pattern, str(count), job, *words],
         cwd=ROOT,

@@ -1,6 +1,6 @@
 """Run a job on a cluster of two nodes, one of which dies when a pattern matches enough files.
 
-`python two_nodes.py <pattern> <count> <job> field=value …`; another node takes the place of the dead one, as an
+`python two_nodes.py <pattern> <count> <job> field=value …`; a third node stands in for the dead one, as an
 autoscaler would see to. Exits with 3 when the job ended before the node died.
 """
 
@@ -23,9 +23,9 @@ def main(pattern, count, job, words):
     def kill():
         while len(glob.glob(pattern)) < count:
             time.sleep(0.02)
+        cluster.add_node(num_cpus=1)
         cluster.remove_node(nodes[0], allow_graceful=False)
         died.set()
-        cluster.add_node(num_cpus=1)
 
     threading.Thread(target=kill, daemon=True).start()
     try:
