@@ -18,22 +18,30 @@ def main(pattern, count, job, words):
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     ray.init(address=cluster.address)
-    died = threading.Event()
+    failures = []
 
-    def kill():
-        while len(glob.glob(pattern)) < count:
-            time.sleep(0.02)
-        cluster.add_node(num_cpus=1)
-        cluster.remove_node(nodes[0], allow_graceful=False)
-        died.set()
+    def run():
+        try:
+            importlib.import_module(f"jobs.{job}").main(words)
+        except BaseException as error:
+            failures.append(error)
+            raise
 
-    threading.Thread(target=kill, daemon=True).start()
+    # Nodes come and go in the main thread, because starting one registers signal handlers.
+    runner = threading.Thread(target=run)
+    runner.start()
     try:
-        importlib.import_module(f"jobs.{job}").main(words)
+        while runner.is_alive() and len(glob.glob(pattern)) < count:
+            time.sleep(0.02)
+        is_early = not runner.is_alive()
+        if not is_early:
+            cluster.add_node(num_cpus=1)
+            cluster.remove_node(nodes[0], allow_graceful=False)
+        runner.join()
     finally:
         ray.shutdown()
         cluster.shutdown()
-    return 0 if died.is_set() else 3
+    return 1 if failures else 3 * is_early
 
 
 if __name__ == "__main__":
