@@ -7,7 +7,7 @@ import pytest
 import test_train_reward_model as small
 import torch
 from safetensors.torch import load_file
-from test_kills import descendants, kill_group, run_job, run_on_two_nodes, start_job, wait_for
+from test_kills import descendants, kill_group, run_job, start_job, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 NUM_STEPS = 60
@@ -73,10 +73,4 @@ def test_training_goes_on_after_its_driver_was_killed(data, undisturbed, tmp_pat
     kill_group(process)
     assert not (tmp_path / "model").exists()
     assert "resuming" in run_job("train_reward_model", words(data, tmp_path))
-    assert_equal_runs(tmp_path, undisturbed)
-
-
-def test_training_on_two_nodes_goes_on_after_one_died(data, undisturbed, tmp_path):
-    pattern = f"{tmp_path}/state/step-*/progress.json"
-    run_on_two_nodes(pattern, 2, "train_reward_model", words(data, tmp_path))
     assert_equal_runs(tmp_path, undisturbed)

@@ -4,10 +4,6 @@ import json
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -407,56 +403,3 @@ def test_the_micro_batch_is_halved_when_memory_runs_out(data, tmp_path, ray_clus
     assert facts["micro_batch_size"] == 2 and facts["steps"] == 6
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4, 5, 6]
-
-
-def mortal_loop(config):
-    """The loop of a worker that is killed once, at its fifth step."""
-    from rayrm.training import sft
-
-    step = sft.PolicyTrainer.training_step
-    grave = Path(config["job"].output) / "killed"
-
-    def training_step(self, *args, **kwargs):
-        if self.state.global_step == 4 and not grave.exists():
-            grave.write_text("")
-            os.kill(os.getpid(), signal.SIGKILL)
-        return step(self, *args, **kwargs)
-
-    sft.PolicyTrainer.training_step = training_step
-    return sft.train_loop(config)
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_training_goes_on_after_its_worker_was_killed(data, tmp_path, ray_cluster, monkeypatch):
-    from rayrm.training import policy
-
-    monkeypatch.setitem(policy.LOOPS, "sft", mortal_loop)
-    job = make_job(data, tmp_path / "run", save_steps=2)
-    facts = train_with_ray(job, check_policy(job))
-    assert (tmp_path / "run/killed").exists() and facts["steps"] == 6
-    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4, 5, 6]
-    assert load(tmp_path / "run")[0].config.vocab_size > 256
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_training_goes_on_after_its_driver_was_killed(data, tmp_path):
-    output = tmp_path / "run"
-    words = words_of(values_of(data, output, save_steps=5, max_steps=200))
-    command = [sys.executable, "-m", "jobs.train_policy", *words]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    first = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True)
-    deadline = time.monotonic() + 300
-    while not (output / "state/step-10").exists() and first.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
-    assert list(output.glob("state/step-*")) and not (output / "model/rayrm.json").exists()
-    reached = (output / "metrics.jsonl").read_text().splitlines()[:5]
-    subprocess.run(command, cwd=ROOT, env=env, check=True, timeout=400)
-    mark = json.loads((output / "model/rayrm.json").read_text())
-    assert mark["steps"] == 200
-    # The steps before the last state were not done again: their records are the first run's.
-    assert (output / "metrics.jsonl").read_text().splitlines()[:5] == reached
