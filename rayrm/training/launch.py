@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from rayrm import cluster, files
 from rayrm.config import Config
 from rayrm.errors import CheckpointError, RayRMError
+from rayrm.training.memory import MICRO_BATCH
 
 log = logging.getLogger("rayrm")
 STATE = "state"
@@ -96,15 +97,28 @@ def launch(
     """Run `loop(loop_config)` on all workers and return what it returned on rank 0.
 
     States are reported to `<output>/state/step-N`, and the last two stay; a run that is started again finds the last
-    one through `ray.train.get_checkpoint()`. Raises CheckpointError with the worker's own words when training fails for good,
+    one through `ray.train.get_checkpoint()`. Running out of memory is no failure as long as the next attempt has a
+    smaller micro batch. Raises CheckpointError with the worker's own words when training fails for good,
     and ResourceError when the cluster can never hold the workers.
     """
     cluster.require(workers.num_workers, workers.num_cpus, workers.num_gpus, what)
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train import TrainingFailedError
+
+    while True:
+        before = files.read_json(files.join(output, MICRO_BATCH))
+        try:
+            return dict(_trainer(loop, loop_config, output, workers).fit().return_value or {})
+        except TrainingFailedError as error:
+            if files.read_json(files.join(output, MICRO_BATCH)) == before:
+                raise CheckpointError(f"Training into '{output}' failed: {_root_cause(error)}") from error
+
+
+def _trainer(loop: Callable[..., Any], loop_config: dict[str, Any], output: str, workers: TrainingWorkers) -> Any:
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     resources = {"CPU": workers.num_cpus, "GPU": workers.num_gpus}
-    trainer = TorchTrainer(
+    return TorchTrainer(
         loop,
         train_loop_config=loop_config,
         torch_config=TorchConfig(backend="nccl" if workers.num_gpus else "gloo"),
@@ -120,11 +134,6 @@ def launch(
             failure_config=FailureConfig(max_failures=workers.max_failures),
         ),
     )
-    try:
-        result = trainer.fit()
-    except TrainingFailedError as error:
-        raise CheckpointError(f"Training into '{output}' failed: {_root_cause(error)}") from error
-    return dict(result.return_value or {})
 
 
 def fetch(references: Sequence[Any]) -> list[Any]:

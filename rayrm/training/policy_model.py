@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -48,18 +47,9 @@ def load_policy(training: SupervisedFinetuning, tokenizer: Any, bf16: bool, load
         model.resize_token_embeddings(len(tokenizer))
     if training.lora is None:
         return model
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=training.lora.r,
-        lora_alpha=training.lora.alpha,
-        lora_dropout=training.lora.dropout,
-        target_modules=training.lora.targets,
-        # A token that nothing was trained on needs embeddings of its own.
-        modules_to_save=_embeddings(model) if training.added_special_tokens else None,
-        ensure_weight_tying=True,
-    )
-    # One number format for all parameters, as ZeRO-3 needs.
-    return get_peft_model(model, lora, autocast_adapter_dtype=False)
+    # A token that nothing was trained on needs embeddings of its own.
+    own = _embeddings(model) if training.added_special_tokens else None
+    return training.lora.add_to(model, task_type="CAUSAL_LM", modules_to_save=own, ensure_weight_tying=True)
 
 
 def export_policy(training: SupervisedFinetuning, trainer: Any, renderer: Renderer, output: str) -> None:

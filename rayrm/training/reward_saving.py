@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -16,8 +15,8 @@ from rayrm.models.reward_model import HEAD, load_reward_model
 from rayrm.training.checkpoints import export_model, gather_state
 
 if TYPE_CHECKING:
-    from rayrm.training.policy import LowRank
     from rayrm.training.reward_model import RewardTraining
+    from rayrm.training.settings import LowRank
 
 
 def add_updates(network: Any, lora: LowRank, seed: int) -> Any:
@@ -25,17 +24,9 @@ def add_updates(network: Any, lora: LowRank, seed: int) -> Any:
 
     Returns peft's view of the network, which can merge them.
     """
-    settings = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.targets,
-        exclude_modules=[HEAD],
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # One number format for all parameters, as ZeRO-3 needs.
-        view = get_peft_model(network, settings, autocast_adapter_dtype=False)
+        view = lora.add_to(network, exclude_modules=[HEAD])
     getattr(network, HEAD).requires_grad_(True)
     return view
 
