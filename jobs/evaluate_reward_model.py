@@ -95,7 +95,7 @@ def judge_rows(config: EvaluateRewardModel, name: str, path: str) -> JudgedSet:
     values: dict[str, Any] = {field: getattr(config, field) for field in JudgingJob.model_fields}
     job = JudgingJob(**{**values, "input": path, "output": output})
     stage = partial(judge_preferences, config=job)
-    transform_rows(job, Preference, JudgedPreference, stage, job.max_failed_fraction)
+    transform_rows(job, Preference, JudgedPreference, stage, {job.reward_model.name: job.max_failed_fraction})
     return read_judged(config, name)
 
 

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_args(ScoreCandidates, argv)
     check_scoring(config.input, config.scoring)
     stage = partial(score_candidates, config=config.scoring)
-    transform_rows(config, Candidates, Scored, stage, config.max_failed_fraction)
+    transform_rows(config, Candidates, Scored, stage, {config.scoring.name: config.max_failed_fraction})
 
 
 if __name__ == "__main__":

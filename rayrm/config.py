@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from rayrm import errors
@@ -21,6 +22,8 @@ from rayrm.errors import ConfigError, RayRMError
 
 NOT_IDENTITY = {"identity": False}
 """`json_schema_extra` of a field that changes how work is done, but not what comes out."""
+TEMPLATE = {"input": ".jinja"}
+"""`json_schema_extra` of a field that names a chat template: a name, or a file whose content decides what comes out."""
 
 
 class Config(BaseModel):
@@ -112,12 +115,18 @@ def _with_absolute_paths(config: ConfigT) -> ConfigT:
     """
     update: dict[str, Any] = {}
     for name, field in type(config).model_fields.items():
-        value, extra = getattr(config, name), field.json_schema_extra
+        value = getattr(config, name)
         if isinstance(value, Config):
             update[name] = _with_absolute_paths(value)
-        elif name == "output" or (isinstance(extra, dict) and extra.get("input")):
+        elif name == "output" or is_input(field, value):
             update[name] = _absolute(value, must_exist=name != "output")
     return config.model_copy(update=update)
+
+
+def is_input(field: FieldInfo, value: Any) -> bool:
+    """Whether `value` names content that decides what comes out, as `field` is marked."""
+    kind = field.json_schema_extra.get("input") if isinstance(field.json_schema_extra, dict) else None
+    return value is not None and (kind is True or (isinstance(kind, str) and str(value).endswith(kind)))
 
 
 def _absolute(value: Any, must_exist: bool) -> Any:

@@ -8,7 +8,7 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from rayrm import cluster
-from rayrm.config import NOT_IDENTITY, Config, Workers
+from rayrm.config import NOT_IDENTITY, TEMPLATE, Config, Workers
 from rayrm.models.folders import load_tokenizer
 from rayrm.models.rendering import Renderer, load_template
 from rayrm.prompts import Instructions, direct_prompt, diverse_prompt
@@ -36,7 +36,7 @@ class InstructingConfig(Config):
     """Most tokens of a rendered chat, of prompt and longer side together; left out, no pair is too long."""
     tokenizer: str | None = Field(None, json_schema_extra=INPUT)  # type: ignore[arg-type]
     """Folder or hub id of the model whose tokenizer counts; needed for `max_length`."""
-    chat_template: str | None = None
+    chat_template: str | None = Field(None, json_schema_extra=TEMPLATE)  # type: ignore[arg-type]
     """Name or path of the chat template that is counted, or none; null for the tokenizer's own."""
     workers: Workers = Field(default_factory=Workers, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
     """Actors that render and count."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, Field
 
 from rayrm import cluster, files
-from rayrm.config import NOT_IDENTITY, Config, identity
+from rayrm.config import NOT_IDENTITY, Config, identity, is_input
 from rayrm.errors import ConfigError, EvaluationError, OutputExistsError, SchemaError
 from rayrm.rows import HIDDEN, RowType, with_hidden
 from rayrm.shards import Shard, list_shards, read_shard
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rayrm")
 STARTED = "started.json"
+SCORED = ("ok", "truncated")
+"""Status words of a score that is there."""
 INPUT = {"identity": False, "input": True}
 """`json_schema_extra` of a field that names a path or hub id whose content decides what comes out."""
 
@@ -47,14 +49,13 @@ class RowsJob(Config):
 
 
 def input_paths(config: BaseModel) -> dict[str, str]:
-    """All fields marked INPUT, also of nested configs, as dotted names with their paths."""
+    """All fields marked INPUT, also of nested configs, as dotted names with their paths; so are template files."""
     found: dict[str, str] = {}
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
-        extra = field.json_schema_extra
         if isinstance(value, BaseModel):
             found.update({f"{name}.{inner}": path for inner, path in input_paths(value).items()})
-        elif isinstance(extra, dict) and extra.get("input") and value is not None:
+        elif is_input(field, value):
             several = dict(enumerate(value)) if isinstance(value, list) else value
             paths = {f"{name}.{k}": v for k, v in several.items()} if isinstance(several, dict) else {name: value}
             found.update(paths)
@@ -150,13 +151,14 @@ def transform_rows(
     reads: RowType,
     writes: RowType,
     stage: Callable[[Dataset], Dataset],
-    max_failed_fraction: float = 1.0,
+    max_failed: Mapping[str, float] | None = None,
     summarise: Callable[[str], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Run `stage` over the shards of `config.input` that `config.output` lacks, and mark the run complete.
 
-    `summarise(output)` adds facts to the mark. Returns the mark. Raises EvaluationError when every row was dropped or
-    more than `max_failed_fraction` of the scores failed; what was written stays.
+    `max_failed` holds, for the scorers of this run, the share of their scores that may be null. `summarise(output)`
+    adds facts to the mark. Returns the mark. Raises EvaluationError when every row was dropped or too many scores
+    failed; what was written stays.
     """
     shards = list_shards(config.input, config.shard_rows)
     if not shards:
@@ -167,7 +169,8 @@ def transform_rows(
         if missing:
             _run_shards(config.output, shards, missing, stage, reads, writes)
         counts = read_counts(config.output, len(shards))
-        _check_failures(counts, max_failed_fraction, config.output)
+        for scorer, fraction in (max_failed or {}).items():
+            _check_failures(counts, scorer, fraction, config.output)
         if not counts["written"]:
             raise EvaluationError(
                 f"Nothing of '{config.input}' is left in '{config.output}': {describe_counts(counts)}; "
@@ -253,14 +256,14 @@ def commit_shard(path: str, table: pa.Table, writes: RowType) -> None:
         pq.write_table(kept, handle)
 
 
-def _count_status(table: pa.Table) -> dict[str, int]:
+def _count_status(table: pa.Table) -> dict[str, dict[str, int]]:
     if "status" not in table.column_names or not pa.types.is_struct(table.schema.field("status").type):
         return {}
-    counter: Counter[str] = Counter()
+    counters: dict[str, Counter[str]] = {field.name: Counter() for field in table.schema.field("status").type}
     for row in table["status"].to_pylist():
-        for words in (row or {}).values():
-            counter.update(words or [])
-    return dict(counter)
+        for scorer, words in (row or {}).items():
+            counters[scorer].update(words or [])
+    return {scorer: dict(counter) for scorer, counter in counters.items()}
 
 
 def shard_path(output: str, index: int, total: int) -> str:
@@ -269,8 +272,8 @@ def shard_path(output: str, index: int, total: int) -> str:
 
 
 def read_counts(output: str, total: int) -> dict[str, Any]:
-    """Sum the counts in the footers of all shards."""
-    sums: dict[str, Any] = {"read": 0, "written": 0, "dropped": Counter(), "status": Counter()}
+    """Sum the counts in the footers of all shards; `status` counts words by scorer."""
+    sums: dict[str, Any] = {"read": 0, "written": 0, "dropped": Counter(), "status": defaultdict(Counter)}
     for index in range(total):
         fs, inner = files.filesystem(shard_path(output, index, total))
         with fs.open(inner, "rb") as handle:
@@ -278,8 +281,10 @@ def read_counts(output: str, total: int) -> dict[str, Any]:
         sums["read"] += counts["read"]
         sums["written"] += counts["written"]
         sums["dropped"].update(counts["dropped"])
-        sums["status"].update(counts["status"])
-    return {**sums, "dropped": dict(sorted(sums["dropped"].items())), "status": dict(sorted(sums["status"].items()))}
+        for scorer, words in counts["status"].items():
+            sums["status"][scorer].update(words)
+    status = {scorer: dict(sorted(words.items())) for scorer, words in sorted(sums["status"].items())}
+    return {**sums, "dropped": dict(sorted(sums["dropped"].items())), "status": status}
 
 
 def describe_counts(counts: dict[str, Any]) -> str:
@@ -287,17 +292,20 @@ def describe_counts(counts: dict[str, Any]) -> str:
     text = f"{counts['read']:,} rows read, {counts['written']:,} written"
     if counts["dropped"]:
         text += ", dropped: " + ", ".join(f"{num:,} {reason}" for reason, num in counts["dropped"].items())
-    failed = {word: num for word, num in counts["status"].items() if word not in ("ok", "truncated")}
+    failed = Counter[str]()
+    for words in counts["status"].values():
+        failed.update({word: num for word, num in words.items() if word not in SCORED})
     if failed:
-        text += ", unscored: " + ", ".join(f"{num:,} {word}" for word, num in failed.items())
+        text += ", unscored: " + ", ".join(f"{num:,} {word}" for word, num in sorted(failed.items()))
     return text
 
 
-def _check_failures(counts: dict[str, Any], max_failed_fraction: float, output: str) -> None:
-    scored = sum(counts["status"].values())
-    failed = scored - counts["status"].get("ok", 0) - counts["status"].get("truncated", 0)
-    if scored and failed > max_failed_fraction * scored:
+def _check_failures(counts: dict[str, Any], scorer: str, max_fraction: float, output: str) -> None:
+    words = counts["status"].get(scorer, {})
+    total = sum(words.values())
+    failed = total - sum(words.get(word, 0) for word in SCORED)
+    if failed > max_fraction * total:
         raise EvaluationError(
-            f"{failed:,} of {scored:,} scores of '{output}' failed ({describe_counts(counts)}); "
-            f"max_failed_fraction allows {max_failed_fraction:g}."
+            f"{failed:,} of {total:,} scores of '{output}' failed ({describe_counts(counts)}); "
+            f"max_failed_fraction allows {max_fraction:g}."
         )

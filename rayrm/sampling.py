@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 from pydantic import Field
 
-from rayrm.config import NOT_IDENTITY, Workers
+from rayrm.config import NOT_IDENTITY, TEMPLATE, Workers
 from rayrm.models.folders import check_model, load_tokenizer, local_model
 from rayrm.models.rendering import Renderer, load_template
 from rayrm.models.vllm import DecodingConfig, Engine, EngineConfig, PromptTokens, check_build
@@ -30,7 +30,7 @@ class SamplingConfig(DecodingConfig):
     prompt: Literal["as_is", "direct", "anchored"] = "as_is"
     """What the policy reads: the row's prompt, or an instruction made of its source, without or with its English
     anchor. The row's own prompt stays as it is, so that what was sampled with an anchor can be learned without."""
-    chat_template: str | None = None
+    chat_template: str | None = Field(None, json_schema_extra=TEMPLATE)  # type: ignore[arg-type]
     """Name or path of a chat template, or none to continue plain text; null for the tokenizer's own."""
     seed: int = 0
     """Seed of all draws; a row's draws hang on its id and language alone."""

@@ -5,11 +5,13 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import Field
 
 from rayrm import files
+from rayrm.config import TEMPLATE, load_config
 from rayrm.errors import ConfigError, EvaluationError, OutputExistsError, SchemaError
 from rayrm.rows import Candidates, Prompt, RowType, map_rows, map_table
-from rayrm.runs import RowsJob, transform_rows
+from rayrm.runs import RowsJob, start_run, transform_rows
 from rayrm.shards import list_shards, read_table
 
 
@@ -98,6 +100,28 @@ def test_another_config_or_input_is_refused_by_field(folder, ray_cluster):
     with pytest.raises(OutputExistsError, match=r"inputs\.input"):
         run(config, folder / "calls")
     assert read_table(str(folder / "out")).num_rows == 45
+
+
+class Templated(RowsJob):
+    """A job with a template."""
+
+    chat_template: str | None = Field(None, json_schema_extra=TEMPLATE)
+    """Its name or file."""
+
+
+def test_a_template_file_is_an_input_and_a_templates_name_is_not(folder):
+    def begin(template):
+        words = [f"input={folder}/rows.parquet", f"output={folder}/out", f"chat_template={template}"]
+        return start_run(load_config(Templated, None, words))
+
+    path = folder / "own.jinja"
+    path.write_text("{{ messages }}")
+    assert begin(path) and begin(path)
+    path.write_text("{{ messages | length }}")
+    with pytest.raises(OutputExistsError, match=r"inputs\.chat_template"):
+        begin(path)
+    with pytest.raises(OutputExistsError, match="chat_template: .* there, 'chatml' here"):
+        begin("chatml")
 
 
 @pytest.mark.ray

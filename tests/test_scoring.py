@@ -228,7 +228,7 @@ def test_job_scores_every_row_once(tmp_path, bleurt_path, scorer, ray_cluster):
         assert found["status"]["bleurt"] == [status for _, status in outcomes]
         assert found["scores"]["bleurt"] == pytest.approx([score for score, _ in outcomes], abs=1e-5)
     mark = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert mark["counts"]["status"] == {"empty": 1, "ok": 29}
+    assert mark["counts"]["status"] == {"bleurt": {"empty": 1, "ok": 29}}
     assert mark["config"]["scoring"]["name"] == "bleurt"
 
     main([*words[:1], f"output={tmp_path / 'more'}", *words[2:], f"input={tmp_path / 'out'}", "scoring.name=again"])

@@ -47,7 +47,7 @@ def load_template(name: str | None, tokenizer: Any, where: str) -> str | None:
     packaged = resources.files("rayrm") / "templates" / f"{name}.jinja"
     if packaged.is_file():
         return packaged.read_text(encoding="utf-8")
-    if Path(name).is_file():
+    if name.endswith(".jinja") and Path(name).is_file():
         return Path(name).read_text(encoding="utf-8")
     known = sorted(p.name.removesuffix(".jinja") for p in (resources.files("rayrm") / "templates").iterdir())
     raise ConfigError(f"chat_template '{name}' is no file and none of {', '.join(known)}, none.")

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from rayrm import files
-from rayrm.config import NOT_IDENTITY, Config, Workers
+from rayrm.config import NOT_IDENTITY, TEMPLATE, Config, Workers
 from rayrm.models.folders import check_model, load_tokenizer
 from rayrm.models.rendering import load_template
 from rayrm.prompts import direct_prompt
@@ -28,7 +28,7 @@ class RewardModelScoring(Config):
     """Folder or hub id of a reward model."""
     prompt: Literal["as_is", "from_anchor"] = "as_is"
     """The prompt that a candidate answers: the row's own, or "translate the row's English anchor" into its target."""
-    chat_template: str | None = None
+    chat_template: str | None = Field(None, json_schema_extra=TEMPLATE)  # type: ignore[arg-type]
     """For checkpoints that do not say how they are rendered: a template's name or path, or none."""
     max_length: int | None = Field(None, ge=8)
     """For checkpoints that do not say: most tokens of a prompt with its candidate; null for the model's positions."""
