@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -100,14 +101,21 @@ def _count(name: str) -> int:
     if name.endswith(".jsonl"):
         return int(_read_jsonl(name).num_rows)
     fs, inner = files.filesystem(name)
-    return int(_read(name, lambda: pq.read_metadata(fs.open(inner, "rb"))).num_rows)
+    with fs.open(inner, "rb") as handle:
+        return int(_read(name, lambda: pq.read_metadata(handle)).num_rows)
 
 
 def _read_jsonl(name: str) -> pa.Table:
     fs, inner = files.filesystem(name)
-    if not fs.size(inner):
-        return pa.table({})
-    return _read(name, lambda: pj.read_json(fs.open(inner, "rb"), pj.ReadOptions(block_size=1 << 26)))
+    # The types of a column hang on the whole file, so every shard of it needs all of it parsed.
+    return _parse_jsonl(name, str(fs.ukey(inner))) if fs.size(inner) else pa.table({})
+
+
+@lru_cache(maxsize=1)
+def _parse_jsonl(name: str, version: str) -> pa.Table:
+    fs, inner = files.filesystem(name)
+    with fs.open(inner, "rb") as handle:
+        return _read(name, lambda: pj.read_json(handle, pj.ReadOptions(block_size=1 << 26)))
 
 
 def _read(name: str, read: Any) -> Any:
