@@ -120,11 +120,13 @@ def test_pad_token_is_never_the_token_that_ends_a_turn(policy, tmp_path):
     assert load_padding_tokenizer(str(tmp_path)).pad_token == "<pad>"
 
 
-def test_a_marked_checkpoint_is_rendered_as_it_was_trained(copy):
+def test_a_marked_checkpoint_is_rendered_as_it_was_trained(copy, caplog):
     mark(copy)
+    caplog.clear()
     rewarder = load_rewarder(str(copy))
-    assert rewarder.is_verified and rewarder.renderer.max_length == 32
-    assert load_rewarder(str(copy), Rendering(max_length=32)).is_verified
+    assert rewarder.renderer.max_length == 32
+    assert load_rewarder(str(copy), Rendering(max_length=32)).renderer.max_length == 32
+    assert not caplog.records
     with pytest.raises(CheckpointError, match="max_length: 32 there, 16 here"):
         load_rewarder(str(copy), Rendering(max_length=16))
     mark(copy, template="0123456789abcdef")
@@ -132,9 +134,9 @@ def test_a_marked_checkpoint_is_rendered_as_it_was_trained(copy):
         load_rewarder(str(copy))
 
 
-def test_an_unmarked_checkpoint_takes_its_rendering_from_the_config(reward_path):
+def test_an_unmarked_checkpoint_takes_its_rendering_from_the_config(reward_path, caplog):
     rewarder = load_rewarder(reward_path, Rendering("none", 48))
-    assert not rewarder.is_verified
+    assert "does not say how its texts were rendered" in caplog.text
     assert rewarder.renderer.template is None and rewarder.renderer.max_length == 48
     assert load_rewarder(reward_path).renderer.max_length == SIZES.max_length
 

@@ -7,6 +7,7 @@ With right padding and a pad token that never ends a conversation, plain transfo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from rayrm.models.folders import load_tokenizer, local_model
 from rayrm.models.rendering import Rendered, Renderer, load_template
 from rayrm.rows import Message
 
+log = logging.getLogger("rayrm")
 HEAD = "score"
 """Name of the head in the decoders of transformers; its only tensor is `score.weight` [1, hidden size]."""
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<pad>", "[PAD]", "<unk>")
@@ -194,11 +196,9 @@ class Rendering(NamedTuple):
 class Rewarder:
     """A reward model with its tokenizer and renderer: prompts and completions in, rewards out."""
 
-    def __init__(self, model: RewardModel, renderer: Renderer, is_verified: bool) -> None:
+    def __init__(self, model: RewardModel, renderer: Renderer) -> None:
         self.model = model
         self.renderer = renderer
-        self.is_verified = is_verified
-        """Whether the checkpoint says how its texts are rendered, and this is how."""
 
     def rewards(self, pairs: Sequence[Pair], token_budget: int = 16384) -> list[Reward]:
         """One reward for each pair, in order; `token_budget` bounds the padded tokens of a forward pass."""
@@ -248,9 +248,11 @@ def load_rewarder(
     if rendering.max_length is None:
         rendering = rendering._replace(max_length=getattr(model.network.config, "max_position_embeddings", None))
     renderer = rendering.renderer(load_padding_tokenizer(path), path)
-    if stored is not None:
+    if stored is None:
+        log.warning("'%s' does not say how its texts were rendered; rendering them with %s", path, rendering)
+    else:
         check_rendering(path, stored["fingerprint"], renderer.fingerprint())
-    return Rewarder(model.to(device), renderer, is_verified=stored is not None)
+    return Rewarder(model.to(device), renderer)
 
 
 def check_rendering(path: str, stored: dict[str, Any], found: dict[str, Any]) -> None:
