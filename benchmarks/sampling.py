@@ -24,43 +24,11 @@ from rayrm.models.rendering import Renderer, load_template
 from rayrm.models.vllm import Completion, DecodingConfig, Engine, EngineConfig
 from rayrm.prompts import direct_prompt
 
-WORDS = [
-    "a",
-    "red",
-    "house",
-    "stands",
-    "near",
-    "the",
-    "old",
-    "river",
-    "where",
-    "two",
-    "small",
-    "dogs",
-    "run",
-    "across",
-    "wet",
-    "grass",
-    "while",
-    "children",
-    "play",
-    "with",
-    "some",
-    "blue",
-    "boats",
-    "and",
-    "an",
-    "old",
-    "man",
-    "in",
-    "his",
-    "green",
-    "coat",
-    "reads",
-    "about",
-    "the",
-    "weather",
-]
+SENTENCE = (
+    "a red house stands near the old river where two small dogs run across wet grass while children play with some "
+    "blue boats and an old man in his green coat reads about the weather"
+)
+WORDS = SENTENCE.split()
 Samples = list[list[Completion]]
 
 

@@ -1,27 +1,49 @@
-"""A reward model's training whose worker or driver is killed ends as if nothing had happened."""
+"""Training whose worker, driver or node is killed ends as if nothing had happened."""
 
 import json
 from pathlib import Path
 
 import pytest
-import test_train_reward_model as small
+import test_policy
+import test_train_reward_model
 import torch
 from safetensors.torch import load_file
-from test_kills import descendants, kill_group, run_job, start_job, wait_for
+from test_kills import descendants, kill_group, run_job, run_on_two_nodes, start_job, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
+rows = test_policy.data
+pairs = test_train_reward_model.data
 NUM_STEPS = 60
-data = small.data
+JOBS = ["train_policy", "train_reward_model"]
 
 
-def words(data, output):
+@pytest.fixture(scope="module")
+def folders(rows, pairs):
+    """What each job reads: its rows and the model to start from."""
+    return {
+        "train_policy": [f"input={rows}/rows.parquet", f"training.model={rows}/base"],
+        "train_reward_model": [f"input={pairs}/preferences.parquet", f"training.model={pairs}/policy"],
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folders, tmp_path_factory):
+    """The runs that nobody disturbs."""
+    output = tmp_path_factory.mktemp("undisturbed")
+    for job in JOBS:
+        run_job(job, words(job, folders, output / job))
+    return output
+
+
+def words(job, folders, output):
+    """How a job is called; states are frequent enough to be killed between two."""
     return [
-        f"input={data}/preferences.parquet",
+        *folders[job],
         f"output={output}",
-        f"training.model={data}/policy",
+        "training.type=sft" if job == "train_policy" else "training.objective.type=bradley_terry",
         "training.max_length=96",
         "training.lr=1e-3",
-        "training.global_batch_size=14",
+        "training.global_batch_size=12",
         "training.micro_batch_size=3",
         f"training.max_steps={NUM_STEPS}",
         "training.held_out_fraction=0.2",
@@ -29,13 +51,6 @@ def words(data, output):
         "parallelism.zero_stage=2",
         "save_steps=8",
     ]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(data, tmp_path_factory):
-    output = tmp_path_factory.mktemp("undisturbed")
-    run_job("train_reward_model", words(data, output))
-    return output
 
 
 def assert_equal_runs(output, expected):
@@ -52,11 +67,12 @@ def assert_equal_runs(output, expected):
 
 
 def states(output):
-    return {path.parent.name for path in Path(output).glob("state/step-*/progress.json")}
+    return list(Path(output).glob("state/step-*"))
 
 
-def test_training_goes_on_after_a_worker_was_killed(data, undisturbed, tmp_path):
-    process = start_job("train_reward_model", words(data, tmp_path))
+@pytest.mark.parametrize("job", JOBS)
+def test_training_goes_on_after_a_worker_was_killed(job, folders, undisturbed, tmp_path):
+    process = start_job(job, words(job, folders, tmp_path))
     wait_for(lambda: len(states(tmp_path)) >= 2, process)
     victims = descendants(process, "RayTrainWorker")
     assert len(victims) == 2, "two training workers run below the job"
@@ -64,13 +80,20 @@ def test_training_goes_on_after_a_worker_was_killed(data, undisturbed, tmp_path)
     assert not (tmp_path / "model").exists()
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
-    assert_equal_runs(tmp_path, undisturbed)
+    assert_equal_runs(tmp_path, undisturbed / job)
 
 
-def test_training_goes_on_after_its_driver_was_killed(data, undisturbed, tmp_path):
-    process = start_job("train_reward_model", words(data, tmp_path))
+@pytest.mark.parametrize("job", JOBS)
+def test_training_goes_on_after_its_driver_was_killed(job, folders, undisturbed, tmp_path):
+    process = start_job(job, words(job, folders, tmp_path))
     wait_for(lambda: len(states(tmp_path)) >= 2, process)
     kill_group(process)
     assert not (tmp_path / "model").exists()
-    assert "resuming" in run_job("train_reward_model", words(data, tmp_path))
-    assert_equal_runs(tmp_path, undisturbed)
+    assert "resuming" in run_job(job, words(job, folders, tmp_path))
+    assert_equal_runs(tmp_path, undisturbed / job)
+
+
+def test_training_goes_on_after_a_node_was_killed(folders, undisturbed, tmp_path):
+    job = "train_reward_model"
+    run_on_two_nodes(f"{tmp_path}/state/step-*", 2, job, words(job, folders, tmp_path))
+    assert_equal_runs(tmp_path, undisturbed / job)

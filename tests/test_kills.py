@@ -137,9 +137,10 @@ def test_a_stage_survives_the_death_of_its_worker(job, work, tmp_path):
     assert_same_rows(job, work, tmp_path, before)
 
 
-def test_sampling_on_two_nodes_survives_the_death_of_one(work, tmp_path):
-    job = "sample_candidates"
-    run_on_two_nodes(f"{tmp_path}/shard-*", 3, job, words(job, work, tmp_path, "sampling.workers.num_workers=2"))
+@pytest.mark.parametrize("job", STAGES)
+def test_a_stage_on_two_nodes_survives_the_death_of_one(job, work, tmp_path):
+    workers = "sampling.workers" if job == "sample_candidates" else "scoring.workers"
+    run_on_two_nodes(f"{tmp_path}/shard-*", 3, job, words(job, work, tmp_path, f"{workers}.num_workers=2"))
     assert_same_rows(job, work, tmp_path, {})
 
 

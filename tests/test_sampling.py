@@ -17,24 +17,8 @@ from rayrm.runs import shard_path
 from rayrm.sampling import CandidateSampler, SamplingConfig, check_sampling, prompt_ids
 from rayrm.shards import read_table
 
-WORDS = [
-    "a",
-    "red",
-    "house",
-    "stands",
-    "near",
-    "the",
-    "old",
-    "river",
-    "where",
-    "two",
-    "small",
-    "dogs",
-    "run",
-    "across",
-    "wet",
-    "grass",
-]
+SENTENCE = "a red house stands near the old river where two small dogs run across wet grass"
+WORDS = SENTENCE.split()
 LIMIT = 160
 
 
