@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rayrm.config import NOT_IDENTITY, TEMPLATE, Workers
 from rayrm.models.folders import check_model, load_tokenizer, local_model
@@ -39,6 +39,15 @@ class SamplingConfig(DecodingConfig):
     workers: Workers = Field(default_factory=Workers, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
     """Actors that sample, one engine in each."""
 
+    @model_validator(mode="after")
+    def _one_gpu_a_rank(self) -> SamplingConfig:
+        ranks, num_gpus = self.engine.tensor_parallel_size, self.workers.num_gpus
+        if ranks > 1 and num_gpus != ranks:
+            raise ValueError(
+                f"tensor_parallel_size is {ranks} and num_gpus {num_gpus:g}; an engine needs a GPU for each rank"
+            )
+        return self
+
 
 def sample_candidates(prompts: Dataset, config: SamplingConfig) -> Dataset:
     """`num_candidates` candidates for each prompt, in the order of their seeds.
@@ -57,20 +66,21 @@ def sample_candidates(prompts: Dataset, config: SamplingConfig) -> Dataset:
 
 
 def check_sampling(config: SamplingConfig) -> None:
-    """Check on the driver what would fail in the actors: the build of vLLM, the model's files, its chat template.
+    """Check on the driver what would fail in the actors: the model's files and its chat template.
 
-    Raises ConfigError or CheckpointError.
+    Raises ConfigError or CheckpointError. The build of vLLM is that of the actors' nodes, and is checked there.
     """
-    check_build(config.engine, config.workers.num_gpus)
     check_model(config.model)
     load_template(config.chat_template, load_tokenizer(config.model, config.engine.trust_remote_code), config.model)
 
 
 class CandidateSampler:
-    """A loaded policy. Raises CheckpointError when it or its tokenizer does not load."""
+    """A loaded policy. Raises CheckpointError when it or its tokenizer does not load, and ConfigError when the vLLM of
+    this node is of another kind than the config asks for."""
 
     def __init__(self, config: SamplingConfig) -> None:
         self.config = config
+        check_build(config.workers.num_gpus)
         self.engine = Engine(local_model(config.model), config.engine, max(1, int(config.workers.num_cpus)))
         tokenizer = load_tokenizer(config.model, config.engine.trust_remote_code)
         self.renderer = Renderer(tokenizer, load_template(config.chat_template, tokenizer, config.model))

