@@ -120,6 +120,14 @@ def test_pad_token_is_never_the_token_that_ends_a_turn(policy, tmp_path):
     assert load_padding_tokenizer(str(tmp_path)).pad_token == "<pad>"
 
 
+def test_a_spare_token_of_the_vocabulary_pads_where_there_is_no_other(policy, tmp_path):
+    tokenizer = load_padding_tokenizer(policy)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|vision_pad|>"]})
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path)
+    assert load_padding_tokenizer(str(tmp_path)).pad_token == "<|vision_pad|>"
+
+
 def test_a_marked_checkpoint_is_rendered_as_it_was_trained(copy, caplog):
     mark(copy)
     caplog.clear()

@@ -25,7 +25,15 @@ from rayrm.rows import Message
 log = logging.getLogger("rayrm")
 HEAD = "score"
 """Name of the head in the decoders of transformers; its only tensor is `score.weight` [1, hidden size]."""
-PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<pad>", "[PAD]", "<unk>")
+PAD_TOKENS = (
+    "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_0|>",
+    "<|fim_pad|>",
+    "<|vision_pad|>",
+    "<pad>",
+    "[PAD]",
+    "<unk>",
+)
 """Tokens that serve as padding, best first, where a tokenizer has no pad token of its own."""
 
 Pair = tuple[Sequence[Message], str]
