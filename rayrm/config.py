@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -29,9 +29,20 @@ TEMPLATE = {"input": ".jinja"}
 class Config(BaseModel):
     """A frozen value without unknown keys; field docstrings are its help."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
+class Loader(yaml.SafeLoader):
+    """YAML 1.2's booleans: `no` is a language."""
+
+
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:bool"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
@@ -47,13 +58,19 @@ class Workers(Config):
     num_gpus: float = Field(0, ge=0)
     """GPUs that each actor reserves."""
 
+    @model_validator(mode="after")
+    def _in_order(self) -> Workers:
+        if self.max_workers is not None and self.max_workers < self.num_workers:
+            raise ValueError(f"max_workers {self.max_workers} is less than num_workers {self.num_workers}")
+        return self
+
     def pool(self) -> dict[str, Any]:
         """Arguments of `Dataset.map_batches` for an actor pool of this size."""
         from ray.data import ActorPoolStrategy
 
         strategy = ActorPoolStrategy(
             min_size=self.num_workers,
-            max_size=max(self.num_workers, self.max_workers or 0),
+            max_size=self.max_workers or self.num_workers,
             max_tasks_in_flight_per_actor=2,
         )
         return {"compute": strategy, "num_cpus": self.num_cpus, "num_gpus": self.num_gpus or None}
@@ -92,7 +109,7 @@ def load_config(cls: type[ConfigT], path: str | Path | None = None, overrides: S
     for word in overrides:
         key, _, text = word.partition("=")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, Loader)
         except yaml.YAMLError as error:
             raise ConfigError(f"The value in '{word}' is not YAML: {error}.") from error
         _put(values, key, value)
@@ -154,7 +171,7 @@ def _sentence(fault: Any, cls: type[BaseModel]) -> str:
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
     except FileNotFoundError as error:
         raise ConfigError(f"There is no config file at '{path}'.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -26,8 +26,8 @@ class PairingConfig(Config):
 
     min_margin: float = Field(0.0, ge=0)
     """Smallest reward gap between chosen and rejected, in the reward's own unit; a gap of 0 is never a pair."""
-    valid_score_range: tuple[float, float] | None = None
-    """Candidates with a reward outside these two bounds (both included) are left out."""
+    valid_score_range: tuple[float | None, float | None] = (None, None)
+    """Candidates with a reward outside these two bounds (both included) are left out; null is no bound."""
     min_chosen_reward: float | None = None
     """Smallest reward of a chosen candidate; the rejected one may lie below."""
     max_candidates: int | None = Field(None, ge=2)
@@ -41,7 +41,8 @@ class PairingConfig(Config):
 
     @model_validator(mode="after")
     def _check_range(self) -> PairingConfig:
-        if self.valid_score_range is not None and not self.valid_score_range[0] <= self.valid_score_range[1]:
+        low, high = self.valid_score_range
+        if low is not None and high is not None and low > high:
             raise ValueError("valid_score_range must be [lowest, highest]")
         return self
 
@@ -90,7 +91,8 @@ def pair_row(rewards: Sequence[float | None], config: PairingConfig) -> tuple[Pa
     first of equals. No pair: `few_candidates` (fewer than two left), `low_rewards` (none reaches the minimum), `tie`
     (no gap) or `narrow_margin`.
     """
-    low, high = config.valid_score_range or (-math.inf, math.inf)
+    low, high = config.valid_score_range
+    low, high = -math.inf if low is None else low, math.inf if high is None else high
     left: list[tuple[float, int]] = []
     reasons = []
     for position, reward in enumerate(rewards[: config.max_candidates]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +22,7 @@ class RewardingConfig(Config):
 
     scorer: str | None = None
     """Name of the scorer; left out, the rows must have exactly one."""
-    scale: float = Field(1.0, gt=0, lt=math.inf)
+    scale: float = Field(1.0, gt=0)
     """Factor from score to reward; 100 makes percent of BLEURT scores."""
 
 

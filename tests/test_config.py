@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from rayrm.config import NOT_IDENTITY, Config, describe, identity, load_config, parse_args, run_job
+from rayrm.config import NOT_IDENTITY, Config, Workers, describe, identity, load_config, parse_args, run_job
 from rayrm.errors import ConfigError
 
 
@@ -136,3 +136,35 @@ def test_a_job_tells_the_error_in_the_trace_of_an_actor_that_died(capsys):
 def test_an_error_that_no_one_foresaw_keeps_its_trace():
     with pytest.raises(ZeroDivisionError):
         run_job(lambda: 1 / 0)
+
+
+class Spoken(Config):
+    """A config with languages, a bound and workers."""
+
+    languages: tuple[str, ...] = ()
+    """Codes."""
+    bound: float | None = None
+    """A number."""
+    is_on: bool = False
+    """A switch."""
+    workers: Workers = Workers()
+    """Actors."""
+
+
+def test_norwegian_is_a_language_and_only_true_and_false_are_booleans(tmp_path):
+    (tmp_path / "some.yaml").write_text("languages: [no, on, y]\nis_on: true\n")
+    assert load_config(Spoken, tmp_path / "some.yaml") == Spoken(languages=("no", "on", "y"), is_on=True)
+    assert load_config(Spoken, None, ["languages=[no,sv]"]).languages == ("no", "sv")
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("bound=.inf", "finite number"),
+        ("bound=.nan", "finite number"),
+        ("workers={num_workers: 4, max_workers: 2}", "max_workers 2 is less than num_workers 4"),
+    ],
+)
+def test_values_that_could_not_act_are_refused(word, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(Spoken, None, [word])
