@@ -59,7 +59,7 @@ def test_direct_rows_are_kept_as_they_are():
 
 
 def test_group_is_that_of_the_english_side():
-    rows, _ = prepare(parallel([*ROWS, ("Hallo.", "Bonjour.", "de", "fr")]))
+    rows, _ = prepare(parallel([*ROWS, ("Hallo.", "Bonjour.", "de", "fr"), ("Bonjour.", "Hallo.", "fr", "de")]))
     groups = {(r["src_lang"], r["tgt_lang"]): r["group"] for r in rows}
     hello = files.digest("Hello.")
     assert {pair for pair, group in groups.items() if group == hello} == {
@@ -68,7 +68,7 @@ def test_group_is_that_of_the_english_side():
         ("en", "fr"),
         ("zu", "en"),
     }
-    assert groups["de", "fr"] == files.digest("Hallo.")
+    assert groups["de", "fr"] == groups["fr", "de"] == files.digest("Bonjour.")
 
 
 def test_what_is_left_out_is_counted_by_reason():

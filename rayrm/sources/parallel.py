@@ -235,6 +235,7 @@ def make_prompts(table: pa.Table, texts: list[Text], selection: Selection) -> pa
 def _make_row(text: Text, tgt_lang: str, config: ParallelConfig) -> dict[str, Any]:
     is_direct = config.type == "direct"
     src_lang = text.lang
+    english = [side for side, lang in ((text.other, text.other_lang), (text.source, text.lang)) if lang == ENGLISH]
     if text.row_id is None:
         row_id = files.digest([src_lang, tgt_lang, text.source, text.other])
     else:
@@ -247,7 +248,8 @@ def _make_row(text: Text, tgt_lang: str, config: ParallelConfig) -> dict[str, An
         prompt = direct_prompt(text.source, src_lang, tgt_lang)
     return {
         "id": row_id,
-        "group": files.digest(text.other if text.other_lang == ENGLISH else text.source),
+        # Without an English side, both directions of a row must fall into one group all the same.
+        "group": files.digest(english[0] if english else min(text.source, text.other)),
         "prompt": [{"role": "user", "content": prompt}],
         "source": text.source,
         "reference": text.other if is_direct else None,
