@@ -59,7 +59,9 @@ def _autoscaler_nodes() -> list[tuple[dict[str, Any], int]]:
 
     config = state.get_cluster_config()
     if config is not None:
-        return [(dict(group.resources), group.max_count) for group in config.node_group_configs]
+        # A count of -1 is no limit.
+        groups = config.node_group_configs
+        return [(dict(group.resources), group.max_count if group.max_count >= 0 else 1 << 30) for group in groups]
     # `ray up` leaves its config on the head, where submitted jobs run.
     path = Path(BOOTSTRAP).expanduser()
     if not path.exists():
