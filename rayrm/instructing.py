@@ -85,11 +85,10 @@ def instruct_row(row: dict[str, Any], config: InstructingConfig) -> tuple[dict[s
 
 
 def count_tokens(row: dict[str, Any], renderer: Renderer) -> int:
-    """Tokens of a row's rendered chat with its longer side."""
-    head = len(renderer.prompt_ids(row["prompt"]))
-    sides = [renderer.completion_text(row["prompt"], row[name][-1]["content"]) for name in ("chosen", "rejected")]
-    tails = renderer.tokenizer(sides, add_special_tokens=False)["input_ids"]
-    return head + max(len(tail) for tail in tails)
+    """Tokens of a row's rendered chat with its longer side; a side without a message counts as an empty one."""
+    sides = [row[name] or [{"role": "assistant", "content": ""}] for name in ("chosen", "rejected")]
+    pairs = [([*row["prompt"], *side[:-1]], side[-1]["content"] or "") for side in sides]
+    return max(len(renderer.pair_ids(*pair).ids) for pair in pairs)
 
 
 class Instructor:
