@@ -7,7 +7,7 @@ from functools import partial
 
 from pydantic import Field
 
-from rayrm.config import parse_args, run_job
+from rayrm.config import NOT_IDENTITY, parse_args, run_job
 from rayrm.rows import Candidates, Scored
 from rayrm.runs import RowsJob, transform_rows
 from rayrm.scoring import Scoring, check_scoring, score_candidates
@@ -18,7 +18,7 @@ class ScoreCandidates(RowsJob):
 
     scoring: Scoring
     """The scorer: bleurt, reward_model or grammar."""
-    max_failed_fraction: float = Field(0.1, ge=0, le=1)
+    max_failed_fraction: float = Field(0.1, ge=0, le=1, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
     """Most scores that may be null; a run with more fails at its end and keeps what it wrote."""
 
 

@@ -8,6 +8,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from rayrm import cluster, files
+from rayrm.config import NOT_IDENTITY
 from rayrm.errors import ConfigError
 from rayrm.rows import TEXTS, Preference, map_table, on_kept, set_column
 from rayrm.runs import RowsJob
@@ -25,7 +26,7 @@ class JudgingJob(RowsJob):
     """The reward model that is evaluated."""
     split: Literal["all", "held_out"] = "all"
     """Rows that count: all, or those whose group the reward model's own training held out."""
-    max_failed_fraction: float = Field(0.05, ge=0, le=1)
+    max_failed_fraction: float = Field(0.05, ge=0, le=1, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
     """Most rewards that may be null; a run with more fails at its end and keeps what it wrote."""
 
 
