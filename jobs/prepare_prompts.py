@@ -7,11 +7,13 @@ Reads parquet, JSONL or a hub dataset. Prints how many rows each language pair h
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
 from pydantic import Field
+from tqdm import tqdm
 
 from rayrm import files
 from rayrm.config import NOT_IDENTITY, Config, parse_args, run_job
@@ -68,11 +70,13 @@ def write_prompts(
     prompts = (make_prompts(table, texts, selection) for table, texts in taken)
 
     def write() -> Iterable[pa.Table]:
-        for index, table in enumerate(rebatch(prompts, config.shard_rows)):
-            path = shard_path(config.output, index, num_shards)
-            if not files.exists(path):
-                commit_shard(path, with_hidden(table), Prompt)
-            yield table
+        with tqdm(total=num_rows, unit="row", desc=config.output, disable=not sys.stderr.isatty()) as bar:
+            for index, table in enumerate(rebatch(prompts, config.shard_rows)):
+                path = shard_path(config.output, index, num_shards)
+                if not files.exists(path):
+                    commit_shard(path, with_hidden(table), Prompt)
+                bar.update(table.num_rows)
+                yield table
 
     return summarise_languages(count_languages(write()), wanted=selection.wanted)
 

@@ -54,7 +54,7 @@ def train_loop(given: dict[str, Any]) -> dict[str, Any]:
     vocabulary = train_vocabulary([reference.text for reference in train], training.vocab_size)
     tokenizer = make_tokenizer(vocabulary)
     model = make_model(training, tokenizer).to("cuda" if job.workers.num_gpus else "cpu")
-    history = fit(model, stream_batches(train, tokenizer, training), job)
+    history = fit(model, stream_batches(train, tokenizer, training), job, given["show_progress"])
     metrics = measure(model, tokenizer, held_out, training)
     write_curves([*history, {"step": training.max_steps, **metrics}], job.output)
     export_model(job.output, lambda folder: save_bleurt(model, vocabulary, str(folder)), bleurt_classes()[1])
@@ -142,7 +142,9 @@ def stream_batches(
                 yield [encoded[i] for i in batches[index]], [pairs[i].target for i in batches[index]]
 
 
-def fit(model: Any, batches: Iterator[tuple[list[EncodedPair], list[float]]], job: BleurtJob) -> list[dict[str, float]]:
+def fit(
+    model: Any, batches: Iterator[tuple[list[EncodedPair], list[float]]], job: BleurtJob, show_progress: bool = False
+) -> list[dict[str, float]]:
     """Take `max_steps` steps of AdamW on the squared error; return the records of the loss. Raises CheckpointError."""
     training = job.training
     optimizer = torch.optim.AdamW(model.parameters(), lr=training.lr, weight_decay=0.01)
@@ -150,6 +152,9 @@ def fit(model: Any, batches: Iterator[tuple[list[EncodedPair], list[float]]], jo
     history: list[dict[str, float]] = []
     losses: list[float] = []
     model.train()
+    from ray.experimental.tqdm_ray import tqdm
+
+    shown = tqdm(total=training.max_steps, desc="training") if show_progress else None
     for step, (pairs, targets) in enumerate(itertools.islice(batches, training.max_steps), start=1):
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, training)
@@ -167,6 +172,10 @@ def fit(model: Any, batches: Iterator[tuple[list[EncodedPair], list[float]]], jo
             history.append({"step": step, **record})
             tracker.log(record, step)
             losses.clear()
+        if shown is not None:
+            shown.update(1)
+    if shown is not None:
+        shown.close()
     tracker.close()
     model.eval()
     return history

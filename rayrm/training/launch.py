@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -136,12 +137,22 @@ def _trainer(loop: Callable[..., Any], loop_config: dict[str, Any], output: str,
     )
 
 
-def fetch(references: Sequence[Any]) -> list[Any]:
-    """The results of Ray tasks; a RayRMError of a task is raised as it is, without the task's traceback."""
+def fetch(references: Sequence[Any], what: str) -> list[Any]:
+    """The results of Ray tasks, with a progress bar on a terminal.
+
+    A RayRMError of a task is raised as it is, without the task's traceback.
+    """
     import ray
     from ray.exceptions import RayTaskError
+    from tqdm import tqdm
 
+    waiting = list(references)
     try:
+        with tqdm(total=len(waiting), desc=what, disable=not sys.stderr.isatty()) as bar:
+            while waiting:
+                done, waiting = ray.wait(waiting)
+                ray.get(done)
+                bar.update(len(done))
         return list(ray.get(list(references)))
     except RayTaskError as error:
         if isinstance(error.cause, RayRMError):

@@ -31,7 +31,7 @@ def check_saved(
     import ray
 
     task = ray.remote(num_cpus=workers.num_cpus, num_gpus=workers.num_gpus, max_retries=2)(probe_rewards)
-    (rewards,) = fetch([task.remote(path, rendering, probe, precision)])
+    (rewards,) = fetch([task.remote(path, rendering, probe, precision)], "checking")
     for row, found in zip(probe, rewards, strict=True):
         for expected, reward in zip(row["rewards"], found, strict=True):
             if reward is None or abs(expected - reward) > TOLERANCES[precision] * max(1.0, abs(expected)):
