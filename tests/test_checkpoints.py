@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rayrm.errors import CheckpointError
-from rayrm.training.checkpoints import export_model, gather_state, publish, verify_model
+from rayrm.training.checkpoints import export_model, gather_state, publish, push_to_hub, verify_model
 from rayrm.training.curves import draw_loss, write_curves
 
 
@@ -96,3 +96,31 @@ def test_curves_hold_every_record_and_replace_older_ones(tmp_path):
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == history
     assert first[:4] == b"\x89PNG" and (tmp_path / "loss.png").read_bytes() != first
     assert draw_loss([])[:4] == b"\x89PNG"
+
+
+class Hub:
+    """The hub's API; it takes note of its calls, or refuses."""
+
+    def __init__(self, calls, refusal=None):
+        self.calls, self.refusal = calls, refusal
+
+    def create_repo(self, repo_id, private, exist_ok):
+        if self.refusal is not None:
+            raise self.refusal
+        self.calls.append((repo_id, private, exist_ok))
+
+    def upload_folder(self, repo_id, folder_path):
+        self.calls.append((repo_id, folder_path))
+
+
+def test_a_model_is_pushed_to_a_private_repository_or_stays_where_it_is(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    calls = []
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Hub(calls))
+    push_to_hub(str(tmp_path), "owner/name")
+    assert calls == [("owner/name", True, True), ("owner/name", str(tmp_path))]
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Hub(calls, OSError("401 Unauthorized\nmore")))
+    with pytest.raises(CheckpointError, match="could not be pushed to 'owner/name': 401 Unauthorized; it stays there"):
+        push_to_hub(str(tmp_path), "owner/name")
+    assert len(calls) == 2

@@ -306,8 +306,8 @@ def test_every_epoch_takes_every_row_once_and_rows_of_like_length_together():
         assert sorted(rows) == list(range(9)) and len(rows) == len(order)
         for batch in (rows[:4], rows[4:8]):
             near = sorted(lengths[row] for row in batch)
-            assert near[-1] - near[0] <= 87
-    assert list(LengthGrouped([5, 6], 4, seed=0)) in ([0, 1], [1, 0])
+            # Short rows with short ones, long with long: only the row of 50 may stand in either.
+            assert near[-1] - near[0] <= 47
 
 
 # What is checked first.
@@ -340,7 +340,7 @@ def test_missing_things_are_told_before_anything_starts(data, tmp_path):
     rows = pq.read_table(data / "rows.parquet").drop_columns("reference")
     pq.write_table(rows, tmp_path / "rows.parquet")
     words = [f"input={tmp_path}/rows.parquet", f"output={tmp_path}/out", f"training.model={data}/base"]
-    with pytest.raises(SchemaError, match="lacks the column reference"):
+    with pytest.raises(SchemaError, match="no reference in any row"):
         main(words)
     with pytest.raises(ConfigError, match="holds out 0 of the 25 groups"):
         main([f"input={data}/rows.parquet", *words[1:], "training.held_out_fraction=1e-6"])
