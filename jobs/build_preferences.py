@@ -16,7 +16,7 @@ from rayrm.pairing import PairingConfig, find_limits, pair_candidates
 from rayrm.rewarding import RewardingConfig, choose_scorer, reward_candidates
 from rayrm.rows import Preference, Scored
 from rayrm.runs import RowsJob, read_rows, transform_rows
-from rayrm.shards import iter_tables, list_shards, read_shard
+from rayrm.shards import iter_tables, read_schemas
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -36,10 +36,9 @@ class BuildPreferences(RowsJob):
 def main(argv: Sequence[str] | None = None) -> None:
     """Build the preferences of `argv`. Raises SchemaError or ConfigError when the rows have no such scores."""
     config = parse_args(BuildPreferences, argv)
-    for shard in list_shards(config.input, config.shard_rows)[:1]:
-        schema = read_shard(shard, limit=1).schema
-        Scored.check(schema, f"'{config.input}'")
-        choose_scorer(schema, config.rewarding, f"'{config.input}'")
+    for name, schema in read_schemas(config.input):
+        Scored.check(schema, f"'{name}'")
+        choose_scorer(schema, config.rewarding, f"'{name}'")
 
     def stage(scored: Dataset) -> Dataset:
         # A resumed run gets only the rows that are left, and the limits hang on all of them.

@@ -11,7 +11,7 @@ from rayrm.cleaning import CleaningConfig, check_filters, check_unscored, clean_
 from rayrm.config import parse_args, run_job
 from rayrm.rows import Candidates
 from rayrm.runs import RowsJob, transform_rows
-from rayrm.shards import list_shards, read_shard
+from rayrm.shards import iter_tables, read_schemas
 
 
 class CleanCandidates(RowsJob):
@@ -24,11 +24,10 @@ class CleanCandidates(RowsJob):
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the job. Raises SchemaError when the rows are scored already, or a filter has nothing to look at."""
     config = parse_args(CleanCandidates, argv)
-    for shard in list_shards(config.input, config.shard_rows)[:1]:
-        rows = read_shard(shard)
-        check_unscored(rows.schema, f"'{config.input}'")
-        Candidates.check(rows.schema, f"'{config.input}'")
-        check_filters(rows, config.cleaning, f"'{config.input}'")
+    for name, schema in read_schemas(config.input):
+        check_unscored(schema, f"'{name}'")
+        Candidates.check(schema, f"'{name}'")
+    check_filters(iter_tables(config.input, ["lang", "source"]), config.cleaning, f"'{config.input}'")
     transform_rows(config, Candidates, Candidates, lambda rows: clean_candidates(rows, config.cleaning))
 
 

@@ -23,7 +23,7 @@ from rayrm.evaluation.report import format_table, write_report
 from rayrm.rows import Preference
 from rayrm.runs import INPUT, finish_run, start_run, transform_rows, versions
 from rayrm.scoring.reward_model import check_reward_model, find_mark
-from rayrm.shards import iter_tables, list_shards, read_shard, read_table
+from rayrm.shards import iter_tables, read_table
 from rayrm.splits import is_held_out
 
 MAIN = "preferences"
@@ -80,8 +80,7 @@ def check(config: EvaluateRewardModel, sets: dict[str, str]) -> None:
     check_reward_model(config.reward_model)
     split = find_split(model) if config.split == "held_out" else None
     for path in sets.values():
-        for shard in list_shards(path, 1 << 62)[:1]:
-            Preference.check(read_shard(shard, limit=1).schema, f"'{path}'")
+        Preference.check_files(path)
         if split is None:
             continue
         groups = (group for table in iter_tables(path, ["group"]) for group in table["group"].to_pylist())

@@ -13,7 +13,7 @@ from rayrm.config import parse_args, run_job
 from rayrm.rows import Candidates, Prompt
 from rayrm.runs import RowsJob, transform_rows
 from rayrm.sampling import SamplingConfig, check_sampling, sample_candidates
-from rayrm.shards import read_table
+from rayrm.shards import iter_tables
 
 
 class SampleCandidates(RowsJob):
@@ -34,11 +34,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def count(output: str) -> dict[str, Any]:
     """`num_candidates`, and `num_unfinished` of them: cut at `max_tokens` or at the model's limit."""
-    rows = read_table(output, ["candidates", "num_unfinished"])
-    return {
-        "num_candidates": pc.sum(pc.list_value_length(rows["candidates"])).as_py() or 0,
-        "num_unfinished": pc.sum(rows["num_unfinished"]).as_py() or 0,
-    }
+    counts = {"num_candidates": 0, "num_unfinished": 0}
+    for rows in iter_tables(output, ["candidates", "num_unfinished"]):
+        counts["num_candidates"] += pc.sum(pc.list_value_length(rows["candidates"])).as_py() or 0
+        counts["num_unfinished"] += pc.sum(rows["num_unfinished"]).as_py() or 0
+    return counts
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 
 from rayrm import files
 from rayrm.config import parse_args, run_job
-from rayrm.runs import finish_run, start_run
+from rayrm.errors import RayRMError
+from rayrm.runs import abandon_run, finish_run, start_run
 from rayrm.training.checkpoints import push_to_hub
+from rayrm.training.curves import CURVE
 from rayrm.training.launch import MARK, MODEL
 from rayrm.training.policy import PolicyJob, check_policy, train_policy
 
@@ -30,7 +32,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Checked first, so that a config that cannot work claims no output.
     template = None if is_complete else check_policy(config)
     if start_run(config, mark=MARK):
-        finish_run(config, train_policy(config, template), mark=MARK)
+        try:
+            facts = train_policy(config, template)
+        except RayRMError:
+            # What must change is part of what the output was claimed for; without a state, nothing is lost.
+            if not files.exists(files.join(config.output, CURVE)):
+                abandon_run(config)
+            raise
+        finish_run(config, facts, mark=MARK)
     if config.hub_id is not None:
         push_to_hub(files.join(config.output, MODEL), config.hub_id)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -66,15 +67,21 @@ def check_unscored(schema: pa.Schema, where: str) -> None:
         )
 
 
-def check_filters(rows: pa.Table, config: CleaningConfig, where: str) -> None:
-    """Raise SchemaError when a filter would find nothing to look at in all of `rows`."""
-    if not rows.num_rows:
+def check_filters(tables: Iterable[pa.Table], config: CleaningConfig, where: str) -> None:
+    """Raise SchemaError when a filter would find nothing to look at in the columns `lang` and `source` of all rows."""
+    if not config.drop_source_copies and config.min_script_fraction is None:
         return
-    if config.drop_source_copies and (
-        "source" not in rows.column_names or not pc.any(rows["source"].is_valid()).as_py()
-    ):
+    known: set[str | None] = set()
+    has_rows = has_source = False
+    for rows in tables:
+        has_rows = has_rows or rows.num_rows > 0
+        known.update(pc.unique(rows["lang"]).to_pylist())
+        has_source = has_source or ("source" in rows.column_names and pc.any(rows["source"].is_valid()).as_py())
+    if not has_rows:
+        return
+    if config.drop_source_copies and not has_source:
         raise SchemaError(f"{where} has no sources to compare with; set cleaning.drop_source_copies=false.")
-    languages = sorted(filter(None, pc.unique(rows["lang"]).to_pylist()))
+    languages = sorted(filter(None, known))
     if config.min_script_fraction is not None and not any(map(unicode_scripts, languages)):
         raise SchemaError(
             f"{where} is in {', '.join(languages)}, whose scripts are not known; unset cleaning.min_script_fraction."

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rayrm.errors import SchemaError
+from rayrm.shards import read_schemas
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -59,6 +60,15 @@ class RowType:
             found = schema.field(name).type
             if not _castable(found, expected):
                 raise SchemaError(f"Column '{name}' of {where} is {found}, and a {self.name} row needs {expected}.")
+
+    def check_files(self, path: str) -> None:
+        """Raise SchemaError unless there are rows at `path`, and every file of them passes `check`."""
+        found = False
+        for name, schema in read_schemas(path):
+            self.check(schema, f"'{name}'")
+            found = True
+        if not found:
+            raise SchemaError(f"'{path}' holds no rows; a run needs at least one.")
 
     def conform(self, table: pa.Table) -> pa.Table:
         """Cast the columns of this type to their contract and add nullable ones that are absent as null."""
@@ -181,6 +191,21 @@ def with_hidden(table: pa.Table) -> pa.Table:
         table = table.append_column("_kept", pa.array([True] * num, pa.bool_()))
     if "_dropped" not in table.column_names:
         table = table.append_column("_dropped", pa.array([[]] * num, TEXTS))
+    return table
+
+
+def drop_nulls(table: pa.Table, row_type: RowType) -> pa.Table:
+    """Drop the rows that have null in a column where their type has none, as `null_<column>`."""
+    table = with_hidden(table)
+    for name in row_type.columns:
+        if name in row_type.nullable or not table[name].null_count:
+            continue
+        gone = table[name].is_null().to_pylist()
+        dropped = [
+            [*old, f"null_{name}"] if new else old for old, new in zip(table["_dropped"].to_pylist(), gone, strict=True)
+        ]
+        table = set_column(table, "_kept", pc.and_(table["_kept"], pc.invert(pa.array(gone))))
+        table = set_column(table, "_dropped", pa.array(dropped, TEXTS))
     return table
 
 

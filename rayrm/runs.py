@@ -22,8 +22,8 @@ from pydantic import BaseModel, Field
 
 from rayrm import cluster, files
 from rayrm.config import NOT_IDENTITY, Config, identity, is_input
-from rayrm.errors import ConfigError, EvaluationError, OutputExistsError, SchemaError
-from rayrm.rows import HIDDEN, RowType, with_hidden
+from rayrm.errors import ConfigError, EvaluationError, OutputExistsError
+from rayrm.rows import HIDDEN, RowType, drop_nulls
 from rayrm.shards import Shard, list_shards, read_shard
 
 if TYPE_CHECKING:
@@ -70,8 +70,11 @@ def start_run(config: Any, mark: str = files.RUN_MARK) -> bool:
     """
     inputs = {}
     for name, path in input_paths(config).items():
-        if files.join(path, "") == files.join(config.output, ""):
-            raise ConfigError(f"'{name}' and 'output' are both '{path}'; a run never writes where it reads.")
+        if _holds(path, config.output) or _holds(config.output, path):
+            raise ConfigError(
+                f"'{name}' is '{path}' and 'output' '{config.output}'; a run never writes where it reads, so neither "
+                "may hold the other."
+            )
         if not _is_finished(path):
             raise ConfigError(f"'{name}' is '{path}', a run that has not finished; finish it first.")
         inputs[name] = files.fingerprint(path)
@@ -79,6 +82,7 @@ def start_run(config: Any, mark: str = files.RUN_MARK) -> bool:
     marked = files.read_json(files.join(config.output, mark))
     there = marked or files.read_json(files.join(config.output, STARTED))
     if there is None:
+        _check_empty(config.output)
         files.write_json(files.join(config.output, STARTED), wanted)
         return True
     differing = _differences({k: there.get(k) for k in wanted}, json.loads(json.dumps(wanted)))
@@ -92,6 +96,24 @@ def start_run(config: Any, mark: str = files.RUN_MARK) -> bool:
         return False
     log.info("resuming %s", config.output)
     return True
+
+
+def _holds(folder: str, path: str) -> bool:
+    return files.join(path, "").startswith(files.join(folder, ""))
+
+
+def _check_empty(output: str) -> None:
+    """A folder with rows that no run has begun would pass them off as its own."""
+    fs, inner = files.filesystem(output)
+    foreign = [name for name in fs.find(inner) if name.endswith((".parquet", ".jsonl"))] if fs.isdir(inner) else []
+    if foreign:
+        raise OutputExistsError(f"'{output}' holds '{foreign[0]}', and no run that wrote it; choose another output.")
+
+
+def abandon_run(config: Any) -> None:
+    """Give up the claim on an output where nothing was done."""
+    fs, inner = files.filesystem(files.join(config.output, STARTED))
+    fs.rm(inner)
 
 
 def _is_finished(path: str) -> bool:
@@ -160,10 +182,8 @@ def transform_rows(
     adds facts to the mark. Returns the mark. Raises EvaluationError when every row was dropped or too many scores
     failed; what was written stays.
     """
+    reads.check_files(config.input)
     shards = list_shards(config.input, config.shard_rows)
-    if not shards:
-        raise SchemaError(f"'{config.input}' holds no rows; a run needs at least one.")
-    reads.check(read_shard(shards[0], limit=1).schema, f"'{config.input}'")
     if start_run(config):
         missing = [i for i in range(len(shards)) if not files.exists(shard_path(config.output, i, len(shards)))]
         if missing:
@@ -191,7 +211,7 @@ def _run_shards(
     reads: RowType,
     writes: RowType,
 ) -> None:
-    cluster.connect()
+    cluster.require(1, 1, 0, "a run over rows")
     from ray.data import DataContext, TaskPoolStrategy, from_blocks
 
     context = DataContext.get_current()
@@ -222,7 +242,7 @@ def _read_block(block: pa.Table, reads: RowType, output: str | None = None, tota
             shard = shard._replace(stop=shard.start)
         table = reads.conform(read_shard(shard))
         table = table.append_column("_shard", pa.array([index] * table.num_rows, pa.int32()))
-        tables.append(with_hidden(table))
+        tables.append(drop_nulls(table, reads))
     return pa.concat_tables(tables)
 
 

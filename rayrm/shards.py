@@ -49,32 +49,56 @@ def list_shards(path: str, shard_rows: int) -> list[Shard]:
 
 
 def read_shard(shard: Shard, limit: int | None = None) -> pa.Table:
-    """The rows of a shard, or the first `limit` of them."""
+    """The rows of a shard, or the first `limit` of them. Raises SchemaError for a file that cannot be read.
+
+    Holds no more of a parquet file than the shard, however long its row groups are.
+    """
     stop = shard.stop if limit is None else min(shard.stop, shard.start + limit)
     if shard.path.endswith(".jsonl"):
         return _read_jsonl(shard.path).slice(shard.start, stop - shard.start)
-    fs, inner = files.filesystem(shard.path)
-    with fs.open(inner, "rb") as handle:
-        file = pq.ParquetFile(handle)
-        groups: list[int] = []
-        first = seen = 0
-        for index in range(file.num_row_groups):
-            size = file.metadata.row_group(index).num_rows
-            if seen < stop and seen + size > shard.start:
-                first = seen if not groups else first
-                groups.append(index)
-            seen += size
-        table = file.read_row_groups(groups) if groups else file.schema_arrow.empty_table()
-    return table.slice(shard.start - first, max(0, stop - shard.start)).replace_schema_metadata(None)
+    with _open(shard.path) as handle:
+        return _read(shard.path, lambda: _read_slice(pq.ParquetFile(handle), shard.start, stop))
+
+
+def _read_slice(file: pq.ParquetFile, start: int, stop: int) -> pa.Table:
+    groups: list[int] = []
+    first = seen = 0
+    for index in range(file.num_row_groups):
+        size = file.metadata.row_group(index).num_rows
+        if seen < stop and seen + size > start:
+            first = seen if not groups else first
+            groups.append(index)
+        seen += size
+    batches = []
+    if groups:
+        for batch in file.iter_batches(max(1, stop - start), row_groups=groups):
+            begin, end = max(start - first, 0), min(stop - first, batch.num_rows)
+            if begin < end:
+                batches.append(batch.slice(begin, end - begin))
+            first += batch.num_rows
+            if first >= stop:
+                break
+    return pa.Table.from_batches(batches, file.schema_arrow).replace_schema_metadata(None)
+
+
+def read_schemas(path: str) -> Iterator[tuple[str, pa.Schema]]:
+    """Every file at `path` that has rows, with its schema. Raises SchemaError for a file that cannot be read."""
+    for name in list_files(path):
+        if name.endswith(".jsonl"):
+            table = _read_jsonl(name)
+            num_rows, schema = table.num_rows, table.schema
+        else:
+            metadata = _metadata(name)
+            num_rows, schema = metadata.num_rows, metadata.schema.to_arrow_schema()
+        if num_rows:
+            yield name, schema
 
 
 def read_table(path: str, columns: list[str] | None = None) -> pa.Table:
     """All rows at `path` as one table, in file order; `columns` selects those that are there."""
-    tables = [read_shard(shard) for shard in list_shards(path, 1 << 62)]
+    tables = list(iter_tables(path, columns))
     if not tables:
         return read_shard(Shard(list_files(path)[0], 0, 0))
-    if columns is not None:
-        tables = [table.select([c for c in columns if c in table.column_names]) for table in tables]
     return pa.concat_tables(tables, promote_options="permissive")
 
 
@@ -88,8 +112,7 @@ def iter_tables(path: str, columns: list[str] | None = None, num_rows: int = 1 <
             table = _read_jsonl(name)
             yield table if columns is None else table.select([c for c in columns if c in table.column_names])
             continue
-        fs, inner = files.filesystem(name)
-        with fs.open(inner, "rb") as handle:
+        with _open(name) as handle:
             file = _read(name, lambda handle=handle: pq.ParquetFile(handle))  # type: ignore[misc]
             wanted = columns and [c for c in columns if c in file.schema_arrow.names]
             batches = file.iter_batches(num_rows, columns=wanted)
@@ -98,11 +121,12 @@ def iter_tables(path: str, columns: list[str] | None = None, num_rows: int = 1 <
 
 
 def _count(name: str) -> int:
-    if name.endswith(".jsonl"):
-        return int(_read_jsonl(name).num_rows)
-    fs, inner = files.filesystem(name)
-    with fs.open(inner, "rb") as handle:
-        return int(_read(name, lambda: pq.read_metadata(handle)).num_rows)
+    return int(_read_jsonl(name).num_rows if name.endswith(".jsonl") else _metadata(name).num_rows)
+
+
+def _metadata(name: str) -> pq.FileMetaData:
+    with _open(name) as handle:
+        return _read(name, lambda: pq.read_metadata(handle))
 
 
 def _read_jsonl(name: str) -> pa.Table:
@@ -113,9 +137,13 @@ def _read_jsonl(name: str) -> pa.Table:
 
 @lru_cache(maxsize=1)
 def _parse_jsonl(name: str, version: str) -> pa.Table:
-    fs, inner = files.filesystem(name)
-    with fs.open(inner, "rb") as handle:
+    with _open(name) as handle:
         return _read(name, lambda: pj.read_json(handle, pj.ReadOptions(block_size=1 << 26)))
+
+
+def _open(name: str) -> Any:
+    fs, inner = files.filesystem(name)
+    return _read(name, lambda: fs.open(inner, "rb"))
 
 
 def _read(name: str, read: Any) -> Any:

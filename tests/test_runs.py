@@ -12,7 +12,7 @@ from rayrm.config import TEMPLATE, load_config
 from rayrm.errors import ConfigError, EvaluationError, OutputExistsError, SchemaError
 from rayrm.rows import Candidates, Prompt, RowType, map_rows, map_table
 from rayrm.runs import RowsJob, start_run, transform_rows
-from rayrm.shards import list_shards, read_table
+from rayrm.shards import list_shards, read_shard, read_table
 
 
 def prompts(num_rows):
@@ -163,6 +163,45 @@ def test_missing_column_wrong_type_empty_and_unreadable_input(folder):
     assert not (folder / "out").exists(), "a refused run leaves nothing behind"
 
 
+def test_the_second_file_of_a_folder_and_damaged_pages_are_found_too(folder):
+    mixed = folder / "mixed"
+    mixed.mkdir()
+    pq.write_table(prompts(5), mixed / "a.parquet")
+    pq.write_table(prompts(5).drop_columns("prompt"), mixed / "b.parquet")
+    with pytest.raises(SchemaError, match=r"b\.parquet' is not a file of Prompt rows: it lacks prompt"):
+        transform_rows(RowsJob(input=str(mixed), output=str(folder / "o")), Prompt, Candidates, lambda rows: rows)
+    pq.write_table(prompts(500), folder / "damaged.parquet")
+    content = bytearray((folder / "damaged.parquet").read_bytes())
+    content[4:2000] = bytes(1996)
+    (folder / "damaged.parquet").write_bytes(content)
+    with pytest.raises(SchemaError, match="damaged.parquet' cannot be read as parquet"):
+        read_shard(list_shards(str(folder / "damaged.parquet"), 100)[0])
+
+
+def test_neither_of_input_and_output_holds_the_other_and_foreign_rows_are_not_claimed(folder):
+    for name in ("", "deep/er"):
+        with pytest.raises(ConfigError, match="neither may hold the other"):
+            start_run(RowsJob(input=str(folder), output=str(folder / name)))
+    (folder / "full").mkdir()
+    pq.write_table(prompts(5), folder / "full" / "mine.parquet")
+    with pytest.raises(OutputExistsError, match=r"holds '.*mine\.parquet', and no run that wrote it"):
+        start_run(RowsJob(input=str(folder / "rows.parquet"), output=str(folder / "full")))
+
+
+@pytest.mark.ray
+def test_rows_with_null_where_none_may_be_are_dropped_and_counted(folder, ray_cluster):
+    table = prompts(12)
+    for name, place in (("id", 3), ("prompt", 4), ("group", 4)):
+        values = table[name].to_pylist()
+        values[place] = None
+        kind = table.schema.field(name).type
+        table = table.set_column(table.column_names.index(name), name, pa.array(values, kind))
+    pq.write_table(table, folder / "nulls.parquet")
+    done = run(RowsJob(input=str(folder / "nulls.parquet"), output=str(folder / "out")), folder / "calls")
+    assert done["counts"]["dropped"] == {"fifth": 2, "null_group": 1, "null_id": 1, "null_prompt": 1, "tenth": 2}
+    assert done["counts"]["written"] == 8
+
+
 def test_an_unfinished_run_or_the_output_itself_is_no_input(folder):
     files.write_json(str(folder / "half" / "started.json"), {})
     pq.write_table(prompts(5), folder / "half" / "shard-00000-of-00002.parquet")
@@ -171,6 +210,17 @@ def test_an_unfinished_run_or_the_output_itself_is_no_input(folder):
     with pytest.raises(ConfigError, match="a run never writes where it reads"):
         same = str(folder / "rows.parquet")
         transform_rows(RowsJob(input=same, output=same), Prompt, Prompt, lambda rows: rows)
+
+
+def test_a_shard_is_the_same_whatever_the_row_groups(folder):
+    for size in (7, 20, 1000):
+        pq.write_table(prompts(100), folder / "groups.parquet", row_group_size=size)
+        for shard_rows in (9, 33, 200):
+            shards = list_shards(str(folder / "groups.parquet"), shard_rows)
+            assert [read_shard(shard)["extra"].to_pylist() for shard in shards] == [
+                list(range(i, min(i + shard_rows, 100))) for i in range(0, 100, shard_rows)
+            ]
+    assert read_shard(shards[0], limit=3)["extra"].to_pylist() == [0, 1, 2]
 
 
 def test_shards_cover_files_of_any_kind_once(folder):

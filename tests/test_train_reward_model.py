@@ -164,6 +164,8 @@ def test_rendered_sides_share_the_prompt(data):
 @pytest.mark.parametrize(
     ("changes", "training", "reason"),
     [
+        ({"chosen": None}, {}, "missing_field"),
+        ({"group": None}, {}, "missing_field"),
         ({"chosen": []}, {}, "not_ending_in_assistant"),
         ({"rejected": message("hm", "user")}, {}, "not_ending_in_assistant"),
         ({"rejected": message(" ")}, {}, "empty_content"),
@@ -377,11 +379,12 @@ def test_errors_of_tasks_come_without_their_traceback(monkeypatch):
         raise RayTaskError("render_shard", "Traceback", references[0]).as_instanceof_cause()
 
     monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "wait", lambda references: (references[:1], references[1:]))
     with pytest.raises(SchemaError) as found:
-        fetch([SchemaError("no rows")])
+        fetch([SchemaError("no rows")], "testing")
     assert type(found.value) is SchemaError and str(found.value) == "no rows"
     with pytest.raises(RayTaskError):
-        fetch([ValueError("a fault")])
+        fetch([ValueError("a fault")], "testing")
 
 
 @pytest.mark.ray
@@ -398,7 +401,7 @@ def test_faults_of_the_input_are_found_before_workers_start(data, tmp_path, ray_
         run("empty", pq.read_table(data / "preferences.parquet").slice(0, 0))
     with pytest.raises(CheckpointError, match="no model"):
         run("model", model=f"{data}/nowhere")
-    with pytest.raises(ConfigError, match="chat_template 'no' is no file"):
+    with pytest.raises(ConfigError, match="chat_template 'no' is no .jinja file"):
         run("template", chat_template="no")
     with pytest.raises(SchemaError, match=rf"{NUM_ROWS} of {NUM_ROWS} pairs .* are longer than 8 tokens"):
         run("long", max_length=8, on_overlength="error")

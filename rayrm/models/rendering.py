@@ -50,7 +50,7 @@ def load_template(name: str | None, tokenizer: Any, where: str) -> str | None:
     if name.endswith(".jinja") and Path(name).is_file():
         return Path(name).read_text(encoding="utf-8")
     known = sorted(p.name.removesuffix(".jinja") for p in (resources.files("rayrm") / "templates").iterdir())
-    raise ConfigError(f"chat_template '{name}' is no file and none of {', '.join(known)}, none.")
+    raise ConfigError(f"chat_template '{name}' is no .jinja file that is there, and none of {', '.join(known)}, none.")
 
 
 class Renderer:

@@ -15,7 +15,7 @@ from rayrm.rows import NUMBERS, TEXTS, set_column, with_hidden
 from rayrm.scoring.bleurt import BleurtScorer, BleurtScoring
 from rayrm.scoring.grammar import GrammarScorer, GrammarScoring
 from rayrm.scoring.reward_model import RewardModelScorer, RewardModelScoring, check_reward_model
-from rayrm.shards import list_shards, read_shard
+from rayrm.shards import read_schemas
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -64,15 +64,17 @@ def check_scoring(path: str, config: Scoring) -> None:
     Raises SchemaError when a column is missing without which no row can be scored, ConfigError when another scorer
     has the name already, and CheckpointError when there is no model.
     """
-    shards = list_shards(path, 1 << 62)
-    schema = read_shard(shards[0], limit=1).schema if shards else pa.schema([])
-    missing = [name for name in SCORERS[config.type].needs if shards and name not in schema.names]
-    if missing:
-        raise SchemaError(
-            f"'{path}' has no column {', '.join(missing)}, which the scorer '{config.type}' compares with."
-        )
-    if "scores" in schema.names and config.name in [field.name for field in schema.field("scores").type]:
-        raise ConfigError(f"The rows of '{path}' have scores named '{config.name}' already; set another scoring.name.")
+    for name, schema in read_schemas(path):
+        missing = [column for column in SCORERS[config.type].needs if column not in schema.names]
+        if missing:
+            raise SchemaError(
+                f"'{name}' has no column {', '.join(missing)}, which the scorer '{config.type}' compares with."
+            )
+        kind = schema.field("scores").type if "scores" in schema.names else pa.struct([])
+        if not pa.types.is_struct(kind):
+            raise SchemaError(f"Column 'scores' of '{name}' is {kind}, and scores are a struct with a field a scorer.")
+        if config.name in [field.name for field in kind]:
+            raise ConfigError(f"'{name}' has scores named '{config.name}' already; set another scoring.name.")
     if isinstance(config, RewardModelScoring):
         check_reward_model(config)
     elif isinstance(config, BleurtScoring):

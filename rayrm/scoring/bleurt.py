@@ -57,7 +57,9 @@ class BleurtScorer:
         self.max_length = config.max_length or positions
 
     def score(self, rows: list[dict[str, Any]]) -> list[list[Outcome]]:
-        """One (score, status) for each of a row's `candidates`; equal pairs are scored once.
+        """One (score, status) for each of a row's `candidates`; equal pairs are scored once a call.
+
+        Not across calls: a score's last digits hang on its batch, and a resumed run must give the same ones.
 
         A candidate without text is `empty`, and one of a row without a reference is `error`: there is nothing to
         compare. A pair that was cut to `max_length` is `truncated`; a score that is not finite is `nan`. A score is

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
@@ -13,7 +13,7 @@ from rayrm.errors import SchemaError
 from rayrm.rows import Prompt
 from rayrm.runs import INPUT
 from rayrm.seeds import seed_of
-from rayrm.shards import list_shards, read_shard, read_table
+from rayrm.shards import read_table
 from rayrm.splits import is_held_out
 from rayrm.training.corruption import Reference
 from rayrm.training.launch import TrainingWorkers, launch
@@ -87,12 +87,10 @@ def read_references(path: str, training: BleurtTraining) -> tuple[list[Reference
 
     Raises SchemaError when a side is empty, and when the rows at `path` are no Prompt rows or have no references.
     """
-    shards = list_shards(path, 1 << 62)
-    schema = read_shard(shards[0], limit=1).schema if shards else pa.schema([])
-    Prompt.check(schema, f"'{path}'")
-    if "reference" not in schema.names:
-        raise SchemaError(f"'{path}' lacks the column reference, which BLEURT is trained on.")
+    Prompt.check_files(path)
     table = read_table(path, ["id", "group", "lang", "reference"])
+    if "reference" not in table.column_names:
+        raise SchemaError(f"'{path}' lacks the column reference, which BLEURT is trained on.")
     table = table.filter(pc.is_valid(table["reference"]))
     texts = {(row["lang"], row["reference"]): row for row in table.to_pylist() if row["reference"].strip()}
     found = [Reference(row["id"], row["group"], lang, text) for (lang, text), row in texts.items()]
@@ -116,7 +114,7 @@ def train_bleurt(job: BleurtJob) -> dict[str, Any]:
     ConfigError when the tracker is not installed.
     """
     check_tracker(job.report_to)
-    config = {"job": job.model_dump()}
+    config = {"job": job.model_dump(), "show_progress": sys.stderr.isatty()}
     return launch(_loop, config, job.output, job.workers, f"training into '{job.output}'")
 
 

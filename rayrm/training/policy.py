@@ -14,7 +14,7 @@ from rayrm.errors import ConfigError, SchemaError
 from rayrm.models.folders import check_model, load_tokenizer
 from rayrm.models.rendering import load_template
 from rayrm.rows import Prompt
-from rayrm.shards import list_shards, read_shard, read_table
+from rayrm.shards import iter_tables, read_table
 from rayrm.splits import is_held_out
 from rayrm.training.launch import launch
 from rayrm.training.settings import Training, TrainingJob
@@ -100,13 +100,12 @@ def check_policy(job: PolicyJob) -> str | None:
     ConfigError when a held-out share holds out nothing, or when 8-bit loading or the tracker is not installed.
     """
     check_tracker(job.report_to)
-    shards = list_shards(job.input, 1 << 62)
-    if not shards:
-        raise SchemaError(f"'{job.input}' holds no rows; training needs at least one.")
-    schema = read_shard(shards[0], limit=1).schema
-    Prompt.check(schema, f"'{job.input}'")
-    if "reference" not in schema.names:
-        raise SchemaError(f"'{job.input}' lacks the column reference, which a policy learns to write.")
+    Prompt.check_files(job.input)
+    references = iter_tables(job.input, ["reference"])
+    if not any(
+        "reference" in table.column_names and table["reference"].is_valid().to_numpy().any() for table in references
+    ):
+        raise SchemaError(f"'{job.input}' has no reference in any row, and a policy learns to write them.")
     _check_split(job.input, job.training)
     if job.training.load_in_8bit and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("load_in_8bit needs bitsandbytes, which is not installed; pip install 'rayrm[gpu]'.")

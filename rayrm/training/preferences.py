@@ -79,7 +79,7 @@ def render_preferences(path: str, output: str, training: RewardTraining) -> dict
         import ray
 
         task = ray.remote(num_cpus=1)(render_shard)
-        parts = fetch([task.remote(shard, training) for shard in list_shards(path, TASK_ROWS)])
+        parts = fetch([task.remote(shard, training) for shard in list_shards(path, TASK_ROWS)], "rendering")
         table = pa.concat_tables([part[0] for part in parts])
         facts = _facts(table, [part[1] for part in parts], [probe for part in parts for probe in part[2]])
         _check(facts["counts"], path, training)
@@ -175,8 +175,10 @@ def render_row(
 ) -> tuple[dict[str, Any] | None, str]:
     """The ids of both sides with language and margin, or None and the reason why the pair is no use.
 
-    Reasons: not_ending_in_assistant, empty_content, identical_responses, margin_not_finite, overlength.
+    Reasons: missing_field, not_ending_in_assistant, empty_content, identical_responses, margin_not_finite, overlength.
     """
+    if any(row[name] is None for name in ("id", "group", "prompt", "chosen", "rejected")):
+        return None, "missing_field"
     sides = [split_side(row["prompt"], row[name]) for name in ("chosen", "rejected")]
     if None in sides:
         return None, "not_ending_in_assistant"

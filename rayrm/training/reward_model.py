@@ -6,11 +6,10 @@ import sys
 from typing import Any, Literal
 
 from rayrm import cluster, files
-from rayrm.errors import RayRMError, SchemaError
+from rayrm.errors import RayRMError
 from rayrm.models.folders import check_model
 from rayrm.rows import Preference
-from rayrm.runs import STARTED, finish_run, start_run
-from rayrm.shards import list_shards, read_shard
+from rayrm.runs import abandon_run, finish_run, start_run
 from rayrm.training.launch import MARK, MODEL, launch
 from rayrm.training.objectives import BradleyTerry
 from rayrm.training.settings import Training, TrainingJob
@@ -60,10 +59,7 @@ def _check_job(config: RewardModelJob) -> None:
     from rayrm.training.preferences import check_renderer
 
     check_tracker(config.report_to)
-    shards = list_shards(config.input, 1 << 62)
-    if not shards:
-        raise SchemaError(f"'{config.input}' holds no rows; training needs at least one.")
-    Preference.check(read_shard(shards[0], limit=1).schema, f"'{config.input}'")
+    Preference.check_files(config.input)
     check_model(config.training.model)
     check_renderer(config.training)
 
@@ -76,9 +72,8 @@ def _train(config: RewardModelJob, what: str) -> dict[str, Any]:
     try:
         rendered = render_preferences(config.input, config.output, config.training)
     except RayRMError:
-        # Nothing was written yet, and what must change is part of what the output was claimed for.
-        fs, inner = files.filesystem(files.join(config.output, STARTED))
-        fs.rm(inner)
+        # What must change is part of what the output was claimed for.
+        abandon_run(config)
         raise
     given = {"job": config.model_dump(), "probe": rendered["probe"], "show_progress": sys.stderr.isatty()}
     facts = launch(train_loop, given, config.output, config.workers, what)
