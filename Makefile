@@ -10,12 +10,10 @@ export HF_HUB_OFFLINE ?= 1
 
 setup: $(READY)
 
-# The last line compiles DeepSpeed's one operator, which the first training would else wait for.
 $(READY): requirements/cpu.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
-	DS_ACCELERATOR=cpu $(BIN)/python -c "from deepspeed.comm.torch import build_shm_op; build_shm_op()" >/dev/null
 	touch $(READY)
 
 demo: $(READY)

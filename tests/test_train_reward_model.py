@@ -292,6 +292,13 @@ def test_a_simple_preference_is_learned_and_evaluated_exactly(data, tmp_path, al
     assert before["eval_accuracy"] == pytest.approx(share)
 
 
+def test_no_operator_is_compiled_that_a_killed_worker_could_leave_locked(data, tmp_path, alone):
+    from deepspeed.comm.torch import build_shm_op
+
+    start(make_job(data, tmp_path / "run"))
+    assert build_shm_op() is None
+
+
 def test_micro_batches_do_not_change_the_result(data, tmp_path, alone):
     found = []
     for size in (1, 14):

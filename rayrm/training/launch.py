@@ -168,6 +168,16 @@ def _root_cause(error: BaseException) -> str:
     return f"{type(first).__name__}: {first}"
 
 
+def start_deepspeed(use_gpu: bool) -> None:
+    """Join DeepSpeed's process group, on the group that Ray Train has made."""
+    import deepspeed
+
+    # On CPUs DeepSpeed compiles an all-reduce of its own at the first use. A worker that is killed meanwhile leaves a
+    # lock that every later one waits for, and a worker whose peer dies in that all-reduce waits too. Gloo does neither.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if use_gpu else "gloo")
+
+
 def prepare_worker(num_cpus: float, use_gpu: bool) -> None:
     """Settings that a training process needs before torch or DeepSpeed look for them."""
     if not use_gpu:

@@ -22,7 +22,7 @@ from rayrm.errors import CheckpointError
 from rayrm.models.reward_model import load_reward_model, pad_right
 from rayrm.training.batches import batch_of_step, micro_batches, steps_per_epoch
 from rayrm.training.curves import write_curves
-from rayrm.training.launch import deepspeed_config, prepare_worker
+from rayrm.training.launch import deepspeed_config, prepare_worker, start_deepspeed
 from rayrm.training.memory import fitting_micro_batch, halved_when_out_of_memory
 from rayrm.training.objectives import LOSSES
 from rayrm.training.preferences import make_renderer, read_rendered
@@ -230,7 +230,7 @@ def make_engine(job: RewardModelJob, micro_batch_size: int, pad_id: int) -> Any:
     settings = deepspeed_config(parallelism, 2 * micro_batch_size, 1, bf16, training.max_grad_norm)
     # The last forward pass of a step is the one before `step()`, so steps may have different numbers of them.
     settings["managed_gradient_accumulation"] = False
-    deepspeed.init_distributed("nccl" if job.workers.num_gpus else "gloo")
+    start_deepspeed(use_gpu=job.workers.num_gpus > 0)
     # While this object lives, transformers loads weights in ZeRO-3's parts.
     partitioned = HfDeepSpeedConfig(settings) if parallelism.zero_stage == 3 else None
     dtype = torch.bfloat16 if bf16 else torch.float32

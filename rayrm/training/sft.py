@@ -22,7 +22,7 @@ from rayrm.models.rendering import Renderer
 from rayrm.training.checkpoints import publish
 from rayrm.training.curves import write_curves
 from rayrm.training.examples import IGNORED, read_examples
-from rayrm.training.launch import deepspeed_config, prepare_worker
+from rayrm.training.launch import deepspeed_config, prepare_worker, start_deepspeed
 from rayrm.training.memory import fitting_micro_batch, halved_when_out_of_memory
 from rayrm.training.order import LengthGrouped
 from rayrm.training.policy_model import export_policy, load_policy, load_tokenizer
@@ -98,6 +98,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     job: PolicyJob = config["job"]
     num_workers, training = job.workers.num_workers, job.training
     prepare_worker(job.workers.num_cpus, use_gpu=job.workers.num_gpus > 0)
+    start_deepspeed(use_gpu=job.workers.num_gpus > 0)
     if not config["show_progress"]:
         disable_progress_bar()
         disable_progress_bars()
