@@ -16,10 +16,10 @@ from rayrm.errors import CheckpointError, ConfigError, OutputExistsError, Schema
 from rayrm.models.creation import CreationConfig, create_model
 from rayrm.training.batches import batch_of_step, micro_batches, steps_per_epoch
 from rayrm.training.launch import fetch
-from rayrm.training.objectives import BradleyTerry, bradley_terry_loss
+from rayrm.training.objectives import BradleyTerry, Targets, bradley_terry_loss
 from rayrm.training.optimization import Optimization
 from rayrm.training.preferences import make_renderer, render_row, render_shard
-from rayrm.training.reward_metrics import measure_pairs
+from rayrm.training.reward_metrics import MeasuredPairs, expected_calibration_error, measure_pairs
 from rayrm.training.reward_model import RewardModelJob, train_reward_model
 
 SIZES = CreationConfig(vocab_size=320, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=2, max_length=128)
@@ -123,21 +123,71 @@ def test_matrices_decay_and_norms_and_biases_do_not():
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
 
 
+def targets(num, **given):
+    values = {"margin": [0.0] * num, "label": [1.0] * num, "weight": [1.0] * num, **given}
+    return Targets(**{name: torch.tensor(value) for name, value in values.items()})
+
+
 def test_bradley_terry_loss_by_hand():
     chosen, rejected = torch.tensor([1.0, 0.0, -200.0]), torch.tensor([1.0, math.log(3), 200.0])
-    margin = torch.tensor([0.0, -math.log(3), 0.0])
-    plain = bradley_terry_loss(BradleyTerry(), chosen, rejected, margin)
+    plain = bradley_terry_loss(BradleyTerry(), chosen, rejected, targets(3))
     assert plain.tolist() == pytest.approx([math.log(2), math.log(4), 400.0])
-    with_margin = bradley_terry_loss(BradleyTerry(use_margin=True), chosen, rejected, margin)
+    wide = targets(3, margin=[0.0, -math.log(3), 0.0])
+    with_margin = bradley_terry_loss(BradleyTerry(), chosen, rejected, wide)
     assert with_margin.tolist() == pytest.approx([math.log(2), math.log(2), 400.0])
+    # σ(−log 3) = 1/4: a label of 0.2 costs 0.2 log 4 + 0.8 log 4/3, and smoothing by 0.1 makes 0.26 of it.
+    unsure = targets(3, label=[0.2, 0.2, 0.0], weight=[3.0, 1.0, 1.0])
+    soft = bradley_terry_loss(BradleyTerry(), chosen, rejected, unsure)
+    assert soft.tolist() == pytest.approx([3 * math.log(2), 0.2 * math.log(4) + 0.8 * math.log(4 / 3), 0.0])
+    smooth = bradley_terry_loss(BradleyTerry(label_smoothing=0.1), chosen, rejected, unsure)[1]
+    assert smooth.item() == pytest.approx(0.26 * math.log(4) + 0.74 * math.log(4 / 3))
+    centred = bradley_terry_loss(BradleyTerry(centering=0.5), chosen, rejected, targets(3, weight=[2.0, 1.0, 1.0]))
+    assert centred.tolist() == pytest.approx([2 * math.log(2) + 4, math.log(4) + 0.5 * math.log(3) ** 2, 400.0])
 
 
-def test_metrics_count_ties_as_misses_by_language():
+def test_gradient_of_the_bradley_terry_loss_by_hand():
+    chosen, rejected = torch.tensor([0.5], requires_grad=True), torch.tensor([-0.25], requires_grad=True)
+    objective = BradleyTerry(label_smoothing=0.1, centering=0.25)
+    given = targets(1, margin=[0.25], label=[0.75], weight=[2.0])
+    bradley_terry_loss(objective, chosen, rejected, given).sum().backward()
+    # d/dgap = σ(gap) − p with gap = 0.5 and p = 0.8 · 0.75 + 0.1; d/dr of the centring is 2 · 0.25 · (0.5 − 0.25).
+    slope = 1 / (1 + math.exp(-0.5)) - 0.7
+    assert chosen.grad.item() == pytest.approx(2 * (slope + 0.125), abs=1e-6)
+    assert rejected.grad.item() == pytest.approx(2 * (-slope + 0.125), abs=1e-6)
+
+
+def measured():
     rewards = np.array([[2.0, 1.0, 0.0, 3.0], [1.0, 1.0, 2.0, 0.0]])
-    found = measure_pairs(rewards, np.array([1.0, 2.0, 3.0, 4.0]), ["en-de", "en-de", "en-fr", "en-fr"])
-    assert found["eval_accuracy"] == 0.5 and found["eval_margin"] == 0.5 and found["eval_loss"] == 2.5
-    assert found["eval_accuracy/en-de"] == 0.5 and found["eval_margin/en-fr"] == 0.5
+    languages, subsets = np.array(["en-de", "en-de", "en-fr", "en-fr"]), np.array(["", "chat", "", "chat"])
+    return MeasuredPairs(rewards, np.array([1.0, 2.0, 3.0, 4.0]), np.array([3, 0, 1, -2]), languages, subsets)
+
+
+def test_metrics_by_hand():
+    found = measure_pairs(measured())
+    assert found["eval_accuracy"] == 0.5 and found["eval_accuracy_half_ties"] == 0.625
+    assert found["eval_margin"] == 0.5 and found["eval_loss"] == 2.5
     assert found["eval_chosen_reward"] == 1.5 and found["eval_rejected_reward"] == 1.0
+    assert found["eval_chosen_reward_std"] == pytest.approx(math.sqrt(1.25))
+    sigmoid = [1 / (1 + math.exp(-gap)) for gap in (1.0, 0.0, -2.0, 3.0)]
+    assert found["eval_brier"] == pytest.approx(sum((1 - p) ** 2 for p in sigmoid) / 4)
+    # Each of the four has a bin of its own: σ(1) = 0.73 hits, σ(0) hits half, σ(2) = 0.88 misses, σ(3) = 0.95 hits.
+    assert found["eval_ece"] == pytest.approx((1 - sigmoid[0] + 0 + 1 - sigmoid[2] + 1 - sigmoid[3]) / 4)
+    assert found["eval_length_correlation"] == pytest.approx(np.corrcoef([1, 0, -2, 3], [3, 0, 1, -2])[0, 1])
+    assert found["eval_accuracy_chosen_longer"] == 0.5 and found["eval_accuracy_chosen_shorter"] == 1.0
+
+
+def test_metrics_have_slices_and_leave_out_what_is_not_defined():
+    found = measure_pairs(measured())
+    assert found["eval_accuracy/en-de"] == 0.5 and found["eval_margin/en-fr"] == 0.5
+    assert found["eval_accuracy/subset/chat"] == 0.5 and found["eval_loss/subset/chat"] == 3.0
+    assert "eval_accuracy_chosen_shorter/en-de" not in found and "eval_accuracy/subset/" not in found
+    equal = measure_pairs(measured().select(np.array([False, True, False, False])))
+    assert "eval_length_correlation" not in equal and all(math.isfinite(value) for value in equal.values())
+
+
+def test_pairs_of_one_bin_make_one_calibration_error():
+    gaps = np.array([0.1, 0.1, 0.1, -0.1])
+    assert expected_calibration_error(gaps) == pytest.approx(0.75 - 1 / (1 + math.exp(-0.1)))
 
 
 # Rows → ids.
@@ -153,7 +203,7 @@ def test_rendered_sides_share_the_prompt(data):
     row = preference(0, random.Random(0))
     found, _ = render(data, row)
     renderer = make_renderer(f"{data}/policy", None, 96)
-    assert found["language"] == "en-de" and found["margin"] == 0.0
+    assert found["language"] == "en-de" and [found[name] for name in Targets._fields] == [0.0, 1.0, 1.0]
     assert found["chosen"] == renderer.pair_ids(row["prompt"], row["chosen"][0]["content"]).ids
     turns = [{"role": "user", "content": "more"}, {"role": "assistant", "content": "good"}]
     found, _ = render(data, row | {"chosen": [*row["chosen"], *turns], "src_lang": None})
@@ -172,6 +222,9 @@ def test_rendered_sides_share_the_prompt(data):
         ({"rejected": message("same"), "chosen": message("same")}, {}, "identical_responses"),
         ({"margin": None}, {"objective": {"use_margin": True}}, "margin_not_finite"),
         ({"margin": math.inf}, {"objective": {"use_margin": True}}, "margin_not_finite"),
+        ({"label": 1.1}, {"objective": {"use_label": True}}, "label_not_in_0_to_1"),
+        ({"weight": -1.0}, {"objective": {"use_weight": True}}, "weight_not_0_or_more"),
+        ({"weight": "heavy"}, {"objective": {"use_weight": True}}, "weight_not_0_or_more"),
         ({"chosen": message("good " * 120)}, {}, "overlength"),
         ({"chosen": message("good " * 120)}, {"on_overlength": "truncate_prompt_left"}, "overlength"),
         ({"prompt": message("one " * 120, "user")}, {}, "overlength"),
@@ -342,7 +395,7 @@ def test_two_workers_with_zero_3_end_like_one_and_are_verified(data, tmp_path, r
     for name, expected in weights_of(trainer).items():
         difference = (saved[name] - expected).abs()
         assert difference.max() < 2e-3 and difference.mean() < 1e-5, name
-    assert done["steps"] == 8 and done["objective"] == {"type": "bradley_terry", "use_margin": False}
+    assert done["steps"] == 8 and done["objective"] == BradleyTerry().model_dump()
     assert done["counts"]["read"] == NUM_ROWS == done["counts"]["train"] + done["counts"]["held_out"]
     assert done["metrics"]["eval_accuracy"] == pytest.approx(trainer.history[-1]["eval_accuracy"])
     assert done["metrics"]["eval_loss"] == pytest.approx(trainer.history[-1]["eval_loss"], abs=1e-4)

@@ -22,6 +22,7 @@ from rayrm.rows import Message
 from rayrm.shards import Shard, list_shards, read_shard
 from rayrm.splits import is_held_out
 from rayrm.training.launch import fetch
+from rayrm.training.objectives import Targets
 
 if TYPE_CHECKING:
     from rayrm.models.rendering import Renderer
@@ -34,22 +35,37 @@ NUM_PROBES = 16
 
 _IDS = pa.large_list(pa.int32())
 _SCHEMA = pa.schema(
-    {"language": pa.string(), "is_held_out": pa.bool_(), "margin": pa.float32(), "chosen": _IDS, "rejected": _IDS}
+    {
+        "language": pa.string(),
+        "subset": pa.string(),
+        "is_held_out": pa.bool_(),
+        **dict.fromkeys(Targets._fields, pa.float32()),
+        "chosen": _IDS,
+        "rejected": _IDS,
+    }
 )
+_ALLOWED = {
+    "margin": (-math.inf, math.inf, "margin_not_finite"),
+    "label": (0.0, 1.0, "label_not_in_0_to_1"),
+    "weight": (0.0, math.inf, "weight_not_0_or_more"),
+}
+"""Least and greatest finite number that a row may give, and the reason to drop a pair with any other value."""
 
 
 class RenderedPairs:
     """The rendered pairs of a run, numbered in the order of the input."""
 
     def __init__(self, table: pa.Table) -> None:
-        self.languages: list[str] = table["language"].to_pylist()
-        self.margins: NDArray[np.float32] = table["margin"].to_numpy()
+        self.languages, self.subsets = (np.array(table[name].to_pylist(), str) for name in ("language", "subset"))
+        self.targets: NDArray[np.float32] = np.stack([table[name].to_numpy() for name in Targets._fields])
+        """The numbers of `Targets`, fp32 [fields, pairs]."""
         held_out = table["is_held_out"].to_numpy()
         self.train: list[int] = np.flatnonzero(~held_out).tolist()
         self.held_out: list[int] = np.flatnonzero(held_out).tolist()
         self.chosen, self.rejected = _Ids(table["chosen"]), _Ids(table["rejected"])
         self.lengths: list[int] = np.maximum(self.chosen.lengths, self.rejected.lengths).tolist()
         """Tokens of the longer side of each pair."""
+        self.extra_lengths: NDArray[np.int64] = self.chosen.lengths - self.rejected.lengths
 
 
 class _Ids:
@@ -173,9 +189,10 @@ def check_renderer(training: RewardTraining) -> None:
 def render_row(
     row: Mapping[str, Any], renderer: Renderer, training: RewardTraining
 ) -> tuple[dict[str, Any] | None, str]:
-    """The ids of both sides with language and margin, or None and the reason why the pair is no use.
+    """The ids of both sides with language and targets, or None and the reason why the pair is no use.
 
-    Reasons: missing_field, not_ending_in_assistant, empty_content, identical_responses, margin_not_finite, overlength.
+    Reasons: missing_field, not_ending_in_assistant, empty_content, identical_responses, margin_not_finite,
+    label_not_in_0_to_1, weight_not_0_or_more, overlength.
     """
     if any(row[name] is None for name in ("id", "group", "prompt", "chosen", "rejected")):
         return None, "missing_field"
@@ -187,9 +204,14 @@ def render_row(
         return None, "empty_content"
     if chosen == rejected:
         return None, "identical_responses"
-    margin = row.get("margin")
-    if training.objective.use_margin and (margin is None or not math.isfinite(margin)):
-        return None, "margin_not_finite"
+    targets = {"margin": 0.0, "label": 1.0, "weight": 1.0}
+    for name in targets:
+        if getattr(training.objective, f"use_{name}"):
+            least, greatest, reason = _ALLOWED[name]
+            found = row.get(name)
+            if not isinstance(found, int | float) or not math.isfinite(found) or not least <= found <= greatest:
+                return None, reason
+            targets[name] = found
     ids = [renderer.pair_ids(*side) for side in (chosen, rejected)]
     allowed = ("ok", "truncated") if training.on_overlength == "truncate_prompt_left" else ("ok",)
     if any(side.status not in allowed for side in ids):
@@ -197,7 +219,8 @@ def render_row(
     pair = f"{row['src_lang']}-{row['tgt_lang']}" if row.get("src_lang") and row.get("tgt_lang") else row["lang"]
     return {
         "language": pair,
-        "margin": margin if training.objective.use_margin else 0.0,
+        "subset": row.get("subset") or "",
+        **targets,
         "chosen": ids[0].ids,
         "rejected": ids[1].ids,
     }, ""

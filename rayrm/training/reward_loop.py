@@ -24,10 +24,10 @@ from rayrm.training.batches import batch_of_step, micro_batches, steps_per_epoch
 from rayrm.training.curves import write_curves
 from rayrm.training.launch import deepspeed_config, prepare_worker, start_deepspeed
 from rayrm.training.memory import fitting_micro_batch, halved_when_out_of_memory
-from rayrm.training.objectives import LOSSES
+from rayrm.training.objectives import LOSSES, Targets
 from rayrm.training.preferences import make_renderer, read_rendered
 from rayrm.training.probes import probe_sides
-from rayrm.training.reward_metrics import measure_pairs
+from rayrm.training.reward_metrics import MeasuredPairs, measure_pairs
 from rayrm.training.reward_model import RewardModelJob
 from rayrm.training.reward_saving import add_updates, export_reward_model
 from rayrm.training.states import WORLD, last_state
@@ -125,9 +125,9 @@ class RewardTrainer:
         sides = [self.pairs.chosen[row] for row in rows] + [self.pairs.rejected[row] for row in rows]
         ids, mask = pad_right(sides, self.renderer.tokenizer.pad_token_id, self.device)
         rewards = self.engine(ids, mask).float().view(2, -1)
-        margins = torch.from_numpy(self.pairs.margins[list(rows)]).to(self.device)
+        targets = Targets(*torch.from_numpy(self.pairs.targets[:, list(rows)]).to(self.device))
         objective = self.training.objective
-        return rewards, LOSSES[objective.type](objective, rewards[0], rewards[1], margins)
+        return rewards, LOSSES[objective.type](objective, rewards[0], rewards[1], targets)
 
     def summary(self, seconds: float) -> dict[str, float]:
         """Means over all pairs since the last record; `seconds` is what the last step took."""
@@ -163,8 +163,9 @@ class RewardTrainer:
                 found[:, [place[row] for row in micro]] = torch.cat([rewards, losses[None]]).double()
         dist.all_reduce(found)
         *rewards_found, losses_found = found.cpu().numpy()
-        languages = [self.pairs.languages[row] for row in held_out]
-        return measure_pairs(np.stack(rewards_found), losses_found, languages)
+        pairs, rows = self.pairs, np.array(held_out)
+        columns = (column[rows] for column in (pairs.extra_lengths, pairs.languages, pairs.subsets))
+        return measure_pairs(MeasuredPairs(np.stack(rewards_found), losses_found, *columns))
 
     def save(self) -> None:
         """Report the state of this step to Ray Train: every worker the files that it wrote."""
