@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,8 @@ class MeasuredPairs(NamedTuple):
 
     def select(self, mask: NDArray[np.bool_]) -> MeasuredPairs:
         """The pairs of a mask."""
-        return MeasuredPairs(*(column[..., mask] for column in self))
+        columns: Any = (column[..., mask] for column in self)
+        return MeasuredPairs(*columns)
 
 
 def measure_pairs(pairs: MeasuredPairs) -> dict[str, float]:
