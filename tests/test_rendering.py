@@ -85,7 +85,9 @@ def test_fingerprint_tells_templates_lengths_and_tokenizers_apart(chat, plain):
 
 
 def test_unknown_template_and_tokenizer_without_one_are_errors(plain):
-    with pytest.raises(ConfigError, match="chat_template 'chatmal' is no file and none of chatml, none"):
+    with pytest.raises(
+        ConfigError, match="chat_template 'chatmal' is no .jinja file that is there, and none of chatml, none"
+    ):
         load_template("chatmal", plain, "here")
     with pytest.raises(CheckpointError, match="'here' has no chat template"):
         load_template(None, plain, "here")
