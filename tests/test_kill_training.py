@@ -50,6 +50,8 @@ def words(job, folders, output):
         "workers.num_workers=2",
         "parallelism.zero_stage=2",
         "save_steps=8",
+        # A record of TRL's covers the steps since the last one or since a resume, so both must fall together.
+        "log_steps=8",
     ]
 
 
