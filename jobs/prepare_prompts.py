@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from rayrm import files
 from rayrm.config import NOT_IDENTITY, Config, parse_args, run_job
+from rayrm.counts import describe_counts
 from rayrm.errors import SchemaError
 from rayrm.matrix import count_languages, draw_languages, summarise_languages
 from rayrm.rows import Prompt, with_hidden
-from rayrm.runs import INPUT, commit_shard, describe_counts, finish_run, shard_path, start_run
+from rayrm.runs import INPUT, commit_shard, finish_run, shard_path, start_run
 from rayrm.sources.parallel import ParallelConfig, Selection, find_targets, make_prompts, select_texts
 from rayrm.sources.tables import open_tables, rebatch
 

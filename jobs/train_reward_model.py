@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 
 from rayrm.config import parse_args, run_job
-from rayrm.runs import describe_counts
+from rayrm.counts import describe_counts
 from rayrm.training.reward_model import RewardModelJob, train_reward_model
 
 log = logging.getLogger("rayrm")

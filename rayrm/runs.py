@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from pydantic import BaseModel, Field
 
 from rayrm import cluster, files
 from rayrm.config import NOT_IDENTITY, Config, identity, is_input
+from rayrm.counts import FOOTER, check_failures, count_rows, describe_counts, read_counts
 from rayrm.errors import ConfigError, EvaluationError, OutputExistsError
 from rayrm.rows import HIDDEN, RowType, drop_nulls
 from rayrm.shards import Shard, list_shards, read_shard
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rayrm")
 STARTED = "started.json"
-SCORED = ("ok", "truncated")
-"""Status words of a score that is there."""
 INPUT = {"identity": False, "input": True}
 """`json_schema_extra` of a field that names a path or hub id whose content decides what comes out."""
 
@@ -185,12 +183,13 @@ def transform_rows(
     reads.check_files(config.input)
     shards = list_shards(config.input, config.shard_rows)
     if start_run(config):
-        missing = [i for i in range(len(shards)) if not files.exists(shard_path(config.output, i, len(shards)))]
+        paths = [shard_path(config.output, i, len(shards)) for i in range(len(shards))]
+        missing = [i for i, path in enumerate(paths) if not files.exists(path)]
         if missing:
             _run_shards(config.output, shards, missing, stage, reads, writes)
-        counts = read_counts(config.output, len(shards))
+        counts = read_counts(paths)
         for scorer, fraction in (max_failed or {}).items():
-            _check_failures(counts, scorer, fraction, config.output)
+            check_failures(counts, scorer, fraction, config.output)
         if not counts["written"]:
             raise EvaluationError(
                 f"Nothing of '{config.input}' is left in '{config.output}': {describe_counts(counts)}; "
@@ -261,71 +260,16 @@ def _commit_block(block: pa.Table, output: str, writes: RowType, total: int, siz
 def commit_shard(path: str, table: pa.Table, writes: RowType) -> None:
     """Write the kept rows of a shard with its counts in the footer, atomically."""
     kept = table.filter(table["_kept"])
-    counts = {
-        "read": table.num_rows,
-        "written": kept.num_rows,
-        "dropped": dict(Counter(reason for row in table["_dropped"].to_pylist() for reason in row)),
-        "status": _count_status(kept),
-    }
+    counts = count_rows(table, kept)
     kept = writes.conform(kept.drop_columns([name for name in HIDDEN if name in kept.column_names]))
     writes.check(kept.schema, f"'{path}'")
     first = [name for name in writes.columns if name in kept.column_names]
     kept = kept.select(first + [name for name in kept.column_names if name not in writes.columns])
-    kept = kept.replace_schema_metadata({"rayrm": json.dumps(counts)})
+    kept = kept.replace_schema_metadata({FOOTER: json.dumps(counts)})
     with files.atomic_file(path) as handle:
         pq.write_table(kept, handle)
-
-
-def _count_status(table: pa.Table) -> dict[str, dict[str, int]]:
-    if "status" not in table.column_names or not pa.types.is_struct(table.schema.field("status").type):
-        return {}
-    counters: dict[str, Counter[str]] = {field.name: Counter() for field in table.schema.field("status").type}
-    for row in table["status"].to_pylist():
-        for scorer, words in (row or {}).items():
-            counters[scorer].update(words or [])
-    return {scorer: dict(counter) for scorer, counter in counters.items()}
 
 
 def shard_path(output: str, index: int, total: int) -> str:
     """Where shard `index` of `total` is committed."""
     return files.join(output, f"shard-{index:05d}-of-{total:05d}.parquet")
-
-
-def read_counts(output: str, total: int) -> dict[str, Any]:
-    """Sum the counts in the footers of all shards; `status` counts words by scorer."""
-    sums: dict[str, Any] = {"read": 0, "written": 0, "dropped": Counter(), "status": defaultdict(Counter)}
-    for index in range(total):
-        fs, inner = files.filesystem(shard_path(output, index, total))
-        with fs.open(inner, "rb") as handle:
-            counts = json.loads(pq.read_schema(handle).metadata[b"rayrm"])
-        sums["read"] += counts["read"]
-        sums["written"] += counts["written"]
-        sums["dropped"].update(counts["dropped"])
-        for scorer, words in counts["status"].items():
-            sums["status"][scorer].update(words)
-    status = {scorer: dict(sorted(words.items())) for scorer, words in sorted(sums["status"].items())}
-    return {**sums, "dropped": dict(sorted(sums["dropped"].items())), "status": status}
-
-
-def describe_counts(counts: dict[str, Any]) -> str:
-    """`100 rows read, 90 written, dropped: 10 few_candidates`."""
-    text = f"{counts['read']:,} rows read, {counts['written']:,} written"
-    if counts["dropped"]:
-        text += ", dropped: " + ", ".join(f"{num:,} {reason}" for reason, num in counts["dropped"].items())
-    failed = Counter[str]()
-    for words in counts["status"].values():
-        failed.update({word: num for word, num in words.items() if word not in SCORED})
-    if failed:
-        text += ", unscored: " + ", ".join(f"{num:,} {word}" for word, num in sorted(failed.items()))
-    return text
-
-
-def _check_failures(counts: dict[str, Any], scorer: str, max_fraction: float, output: str) -> None:
-    words = counts["status"].get(scorer, {})
-    total = sum(words.values())
-    failed = total - sum(words.get(word, 0) for word in SCORED)
-    if failed > max_fraction * total:
-        raise EvaluationError(
-            f"{failed:,} of {total:,} scores of '{output}' failed ({describe_counts(counts)}); "
-            f"max_failed_fraction allows {max_fraction:g}."
-        )
