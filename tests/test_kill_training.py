@@ -43,7 +43,8 @@ def words(job, folders, output):
         "training.type=sft" if job == "train_policy" else "training.objective.type=bradley_terry",
         "training.max_length=96",
         "training.lr=1e-3",
-        "training.global_batch_size=12",
+        # The reward model's batches need not divide evenly among workers and micro batches.
+        f"training.global_batch_size={12 if job == 'train_policy' else 14}",
         "training.micro_batch_size=3",
         f"training.max_steps={NUM_STEPS}",
         "training.held_out_fraction=0.2",
