@@ -135,6 +135,39 @@ Preference = RowType(
     ("margin", "src_lang", "tgt_lang", "subset"),
 )
 
+Rated = RowType(
+    "Rated",
+    {
+        "id": pa.string(),
+        "group": pa.string(),
+        "prompt": MESSAGES,
+        "completion": MESSAGES,
+        "ratings": None,
+        "src_lang": pa.string(),
+        "tgt_lang": pa.string(),
+        "lang": pa.string(),
+        "subset": pa.string(),
+    },
+    ("src_lang", "tgt_lang", "subset"),
+)
+"""A completion with `ratings`, a struct of a number or null for each objective."""
+Stepwise = RowType(
+    "Stepwise",
+    {
+        "id": pa.string(),
+        "group": pa.string(),
+        "prompt": MESSAGES,
+        "steps": TEXTS,
+        "labels": NUMBERS,
+        "src_lang": pa.string(),
+        "tgt_lang": pa.string(),
+        "lang": pa.string(),
+        "subset": pa.string(),
+    },
+    ("src_lang", "tgt_lang", "subset"),
+)
+"""A completion cut into steps, each with the probability that it is right, or null where nobody knows."""
+
 RowFunction = Callable[..., tuple[dict[str, Any] | None, list[str]]]
 """`(row, config) → (new columns or None to drop the row, reasons of all that was dropped)`."""
 

@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rayrm.errors import CheckpointError
 from rayrm.models.creation import CreationConfig, create_model
-from rayrm.models.reward_model import Rendering, load_padding_tokenizer, load_reward_model, load_rewarder, pad_right
+from rayrm.models.reward_model import load_padding_tokenizer, load_reward_model, padded_batch
+from rayrm.models.rewarder import Rendering, load_rewarder
 from rayrm.scoring.reward_model import RewardModelScorer, RewardModelScoring
 
 TEXTS = ["the cat sat on the mat", "der Hund schläft", "translate this text"]
@@ -52,11 +53,11 @@ def test_plain_transformers_gives_the_same_rewards(reward_path):
     ours, tokenizer = load_reward_model(reward_path), load_padding_tokenizer(reward_path)
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(5, 300, (n,), generator=generator).tolist() for n in (1, 3, 17, 40, 9)]
-    ids, mask = pad_right(rows, tokenizer.pad_token_id, "cpu")
+    batch = padded_batch(rows, [[len(row) - 1] for row in rows], tokenizer.pad_token_id, "cpu")
     with torch.inference_mode():
-        expected = plain(input_ids=ids, attention_mask=mask).logits[:, 0]
-        found = ours(ids, mask)
-    assert found.dtype == torch.float32 and found.shape == (5,)
+        expected = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        found = ours(**batch)[0][:, 0]
+    assert found.dtype == torch.float32 and found.shape == (5, 1)
     assert plain.config.num_labels == 1 and plain.config.problem_type == "regression"
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert found.std() > 0.01
@@ -65,14 +66,17 @@ def test_plain_transformers_gives_the_same_rewards(reward_path):
 def test_reward_is_read_at_the_last_attended_token_whatever_its_id(reward_path):
     model, pad = load_reward_model(reward_path), load_padding_tokenizer(reward_path).pad_token_id
     row = [9, 10, 11, pad]
-    with torch.inference_mode():
-        alone = model(torch.tensor([row]), torch.ones(1, 4, dtype=torch.int64))
-        padded = model(*pad_right([row, [9] * 12], pad, "cpu"))[:1]
-        left = model(torch.tensor([[pad, pad, *row]]), torch.tensor([[0, 0, 1, 1, 1, 1]]))
-        shorter = model(torch.tensor([row[:3]]), torch.ones(1, 3, dtype=torch.int64))
-    torch.testing.assert_close(padded, alone, atol=1e-6, rtol=0)
-    torch.testing.assert_close(left, alone, atol=1e-5, rtol=0)
-    assert abs(shorter - alone) > 1e-3
+
+    def read(rows, reads):
+        with torch.inference_mode():
+            return model(**padded_batch(rows, reads, pad, "cpu"))[0][0]
+
+    alone = read([row], [[3]])
+    torch.testing.assert_close(read([row, [9] * 12], [[3], [11]]), alone, atol=1e-6, rtol=0)
+    torch.testing.assert_close(read([row, [9] * 12], [[3], [0, 5, 11]])[:1], alone, atol=1e-6, rtol=0)
+    assert abs(read([row[:3]], [[2]]) - alone) > 1e-3
+    both = read([row], [[2, 3]])
+    torch.testing.assert_close(both, torch.cat([read([row[:3]], [[2]]), alone]), atol=1e-6, rtol=0)
 
 
 def test_head_is_drawn_from_its_seed_and_computes_in_fp32(policy):
@@ -80,7 +84,7 @@ def test_head_is_drawn_from_its_seed_and_computes_in_fp32(policy):
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
     assert 0.015 < heads[0].std() < 0.025
     half = load_reward_model(policy, head_seed=0, dtype=torch.bfloat16)
-    assert half(torch.tensor([[5, 6]]), torch.ones(1, 2, dtype=torch.int64)).dtype == torch.float32
+    assert half(torch.tensor([[5, 6]]), torch.tensor([[1]]))[0].dtype == torch.float32
 
 
 def test_checkpoint_without_a_head_is_refused(policy):
@@ -107,7 +111,7 @@ def test_missing_weights_two_labels_and_broken_files_are_refused(copy, tmp_path)
         load_reward_model(str(copy))
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b"}}))
-    with pytest.raises(CheckpointError, match="has 2 labels; a reward model has one"):
+    with pytest.raises(CheckpointError, match="has 2 labels; a reward model of this kind has 1"):
         load_reward_model(str(copy))
     with pytest.raises(CheckpointError, match="does not load as a reward model"):
         load_reward_model(str(tmp_path / "nowhere"))

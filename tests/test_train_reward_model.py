@@ -2,7 +2,6 @@ import json
 import math
 import random
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,9 +15,9 @@ from rayrm.errors import CheckpointError, ConfigError, OutputExistsError, Schema
 from rayrm.models.creation import CreationConfig, create_model
 from rayrm.training.batches import batch_of_step, micro_batches, steps_per_epoch
 from rayrm.training.launch import fetch
-from rayrm.training.objectives import BradleyTerry, Targets, bradley_terry_loss
+from rayrm.training.objectives.pairs import BradleyTerry
 from rayrm.training.optimization import Optimization
-from rayrm.training.preferences import make_renderer, render_row, render_shard
+from rayrm.training.rendered import make_renderer, render_row, render_rows
 from rayrm.training.reward_metrics import MeasuredPairs, expected_calibration_error, measure_pairs
 from rayrm.training.reward_model import RewardModelJob, train_reward_model
 
@@ -123,37 +122,36 @@ def test_matrices_decay_and_norms_and_biases_do_not():
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
 
 
-def targets(num, **given):
-    values = {"margin": [0.0] * num, "label": [1.0] * num, "weight": [1.0] * num, **given}
-    return Targets(**{name: torch.tensor(value) for name, value in values.items()})
+def losses(objective, chosen, rejected, **given):
+    num = len(chosen)
+    targets = torch.tensor([given.get("margin", [0.0] * num), given.get("label", [1.0] * num)]).T
+    return objective.losses(torch.stack([chosen, rejected])[:, :, None, None], targets)
 
 
 def test_bradley_terry_loss_by_hand():
     chosen, rejected = torch.tensor([1.0, 0.0, -200.0]), torch.tensor([1.0, math.log(3), 200.0])
-    plain = bradley_terry_loss(BradleyTerry(), chosen, rejected, targets(3))
+    plain = losses(BradleyTerry(), chosen, rejected)
     assert plain.tolist() == pytest.approx([math.log(2), math.log(4), 400.0])
-    wide = targets(3, margin=[0.0, -math.log(3), 0.0])
-    with_margin = bradley_terry_loss(BradleyTerry(), chosen, rejected, wide)
+    with_margin = losses(BradleyTerry(), chosen, rejected, margin=[0.0, -math.log(3), 0.0])
     assert with_margin.tolist() == pytest.approx([math.log(2), math.log(2), 400.0])
     # σ(−log 3) = 1/4: a label of 0.2 costs 0.2 log 4 + 0.8 log 4/3, and smoothing by 0.1 makes 0.26 of it.
-    unsure = targets(3, label=[0.2, 0.2, 0.0], weight=[3.0, 1.0, 1.0])
-    soft = bradley_terry_loss(BradleyTerry(), chosen, rejected, unsure)
-    assert soft.tolist() == pytest.approx([3 * math.log(2), 0.2 * math.log(4) + 0.8 * math.log(4 / 3), 0.0])
-    smooth = bradley_terry_loss(BradleyTerry(label_smoothing=0.1), chosen, rejected, unsure)[1]
+    label = [0.2, 0.2, 0.0]
+    soft = losses(BradleyTerry(), chosen, rejected, label=label)
+    assert soft.tolist() == pytest.approx([math.log(2), 0.2 * math.log(4) + 0.8 * math.log(4 / 3), 0.0])
+    smooth = losses(BradleyTerry(label_smoothing=0.1), chosen, rejected, label=label)[1]
     assert smooth.item() == pytest.approx(0.26 * math.log(4) + 0.74 * math.log(4 / 3))
-    centred = bradley_terry_loss(BradleyTerry(centering=0.5), chosen, rejected, targets(3, weight=[2.0, 1.0, 1.0]))
-    assert centred.tolist() == pytest.approx([2 * math.log(2) + 4, math.log(4) + 0.5 * math.log(3) ** 2, 400.0])
+    centred = losses(BradleyTerry(centering=0.5), chosen, rejected)
+    assert centred.tolist() == pytest.approx([math.log(2) + 2, math.log(4) + 0.5 * math.log(3) ** 2, 400.0])
 
 
 def test_gradient_of_the_bradley_terry_loss_by_hand():
     chosen, rejected = torch.tensor([0.5], requires_grad=True), torch.tensor([-0.25], requires_grad=True)
     objective = BradleyTerry(label_smoothing=0.1, centering=0.25)
-    given = targets(1, margin=[0.25], label=[0.75], weight=[2.0])
-    bradley_terry_loss(objective, chosen, rejected, given).sum().backward()
+    losses(objective, chosen, rejected, margin=[0.25], label=[0.75]).sum().backward()
     # d/dgap = σ(gap) − p with gap = 0.5 and p = 0.8 · 0.75 + 0.1; d/dr of the centring is 2 · 0.25 · (0.5 − 0.25).
     slope = 1 / (1 + math.exp(-0.5)) - 0.7
-    assert chosen.grad.item() == pytest.approx(2 * (slope + 0.125), abs=1e-6)
-    assert rejected.grad.item() == pytest.approx(2 * (-slope + 0.125), abs=1e-6)
+    assert chosen.grad.item() == pytest.approx(slope + 0.125, abs=1e-6)
+    assert rejected.grad.item() == pytest.approx(-slope + 0.125, abs=1e-6)
 
 
 def measured():
@@ -201,13 +199,14 @@ def render(data, row, **training):
 
 def test_rendered_sides_share_the_prompt(data):
     row = preference(0, random.Random(0))
-    found, _ = render(data, row)
+    found = render(data, row)
     renderer = make_renderer(f"{data}/policy", None, 96)
-    assert found["language"] == "en-de" and [found[name] for name in Targets._fields] == [0.0, 1.0, 1.0]
-    assert found["chosen"] == renderer.pair_ids(row["prompt"], row["chosen"][0]["content"]).ids
+    assert found["language"] == "en-de" and [found["weight"], *found["targets"]] == [1.0, 0.0, 1.0]
+    assert found["sides"][0] == renderer.pair_ids(row["prompt"], row["chosen"][0]["content"]).ids
     turns = [{"role": "user", "content": "more"}, {"role": "assistant", "content": "good"}]
-    found, _ = render(data, row | {"chosen": [*row["chosen"], *turns], "src_lang": None})
-    assert found["chosen"] == renderer.pair_ids([*row["prompt"], *row["chosen"], turns[0]], "good").ids
+    assert found["reads"] == [[len(ids) - 1] for ids in found["sides"]]
+    found = render(data, row | {"chosen": [*row["chosen"], *turns], "src_lang": None})
+    assert found["sides"][0] == renderer.pair_ids([*row["prompt"], *row["chosen"], turns[0]], "good").ids
     assert found["language"] == "de"
 
 
@@ -220,24 +219,24 @@ def test_rendered_sides_share_the_prompt(data):
         ({"rejected": message("hm", "user")}, {}, "not_ending_in_assistant"),
         ({"rejected": message(" ")}, {}, "empty_content"),
         ({"rejected": message("same"), "chosen": message("same")}, {}, "identical_responses"),
-        ({"margin": None}, {"objective": {"use_margin": True}}, "margin_not_finite"),
-        ({"margin": math.inf}, {"objective": {"use_margin": True}}, "margin_not_finite"),
-        ({"label": 1.1}, {"objective": {"use_label": True}}, "label_not_in_0_to_1"),
-        ({"weight": -1.0}, {"objective": {"use_weight": True}}, "weight_not_0_or_more"),
-        ({"weight": "heavy"}, {"objective": {"use_weight": True}}, "weight_not_0_or_more"),
+        ({"margin": None}, {"objective": {"type": "bradley_terry", "use_margin": True}}, "non_finite_margin"),
+        ({"margin": math.inf}, {"objective": {"type": "bradley_terry", "use_margin": True}}, "non_finite_margin"),
+        ({"label": 1.1}, {"objective": {"type": "bradley_terry", "use_label": True}}, "label_not_in_0_to_1"),
+        ({"weight": -1.0}, {"objective": {"type": "bradley_terry", "use_weight": True}}, "weight_not_0_or_more"),
+        ({"weight": "heavy"}, {"objective": {"type": "bradley_terry", "use_weight": True}}, "weight_not_0_or_more"),
         ({"chosen": message("good " * 120)}, {}, "overlength"),
         ({"chosen": message("good " * 120)}, {"on_overlength": "truncate_prompt_left"}, "overlength"),
         ({"prompt": message("one " * 120, "user")}, {}, "overlength"),
     ],
 )
 def test_pairs_that_are_no_use_have_a_reason(data, changes, training, reason):
-    assert render(data, preference(0, random.Random(0)) | changes, **training) == (None, reason)
+    assert render(data, preference(0, random.Random(0)) | changes, **training) == reason
 
 
 def test_long_prompts_are_cut_when_asked_to(data):
     row = preference(0, random.Random(0)) | {"prompt": message("one " * 120, "user")}
-    found, _ = render(data, row, on_overlength="truncate_prompt_left")
-    assert len(found["chosen"]) == len(found["rejected"]) == 96
+    found = render(data, row, on_overlength="truncate_prompt_left")
+    assert [len(ids) for ids in found["sides"]] == [96, 96]
 
 
 # Training, in this process.
@@ -251,15 +250,28 @@ def alone(process_group):
         yield
 
 
+def render_here(job):
+    """What `render_rows` does with its tasks run in this process."""
+    import ray
+
+    from rayrm import cluster
+
+    class Task:
+        def __init__(self, function):
+            self.remote = function
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "connect", lambda: None)
+        patch.setattr(ray, "remote", lambda **options: Task)
+        patch.setattr("rayrm.training.rendered.fetch", lambda results, what: list(results))
+        return render_rows(job.input, job.output, job.training)
+
+
 def start(job):
     """A trainer of this process with its rows rendered."""
-    from rayrm.shards import list_shards
     from rayrm.training.reward_loop import RewardTrainer
 
-    table, dropped, _ = render_shard(list_shards(job.input, 1000)[0], job.training)
-    assert not dropped
-    Path(job.output).mkdir(exist_ok=True)
-    pq.write_table(table, f"{job.output}/rendered.parquet")
+    assert not render_here(job)["counts"]["dropped"]
     return RewardTrainer(job, job.training.micro_batch_size)
 
 
@@ -277,14 +289,15 @@ def test_gradient_of_a_step_is_that_of_plain_torch(data, tmp_path, alone, monkey
     """Uneven micro batches add up to the gradient of the mean loss over the whole batch."""
     job = make_job(data, tmp_path / "run", warmup_fraction=0.0, held_out_fraction=0.0)
     trainer = start(job)
-    from rayrm.models.reward_model import load_reward_model, pad_right
+    from rayrm.models.reward_model import load_reward_model
 
     model = load_reward_model(job.training.model, head_seed=job.training.seed)
     assert_same_weights(weights_of(trainer), dict(model.network.named_parameters()), 0.0)
     rows = batch_of_step(0, NUM_ROWS, 14, job.training.seed)
-    pairs, losses = trainer.pairs, []
+    losses = []
     for row in rows:
-        rewards = [model(*pad_right([side[row]], 0, "cpu")) for side in (pairs.chosen, pairs.rejected)]
+        ids = [torch.from_numpy(side[row]).long()[None] for side in trainer.rows.sides]
+        rewards = [model(side, torch.tensor([side.shape[1] - 1]))[0][:, 0] for side in ids]
         losses.append(-torch.log(torch.sigmoid(rewards[0] - rewards[1])))
     torch.cat(losses).mean().backward()
     found = {}
@@ -296,8 +309,8 @@ def test_gradient_of_a_step_is_that_of_plain_torch(data, tmp_path, alone, monkey
     expected = {name: parameter.grad for name, parameter in model.network.named_parameters()}
     assert len(rows) == 14 and expected["score.weight"].norm() > 0.1
     assert_same_weights(found, expected, 2e-6)
-    assert trainer.sums[0] == pytest.approx(sum(loss.item() for loss in losses), rel=1e-4)
-    assert trainer.sums[-1] == 14
+    assert trainer.sums["loss"] == pytest.approx(sum(loss.item() for loss in losses), rel=1e-4)
+    assert trainer.sums["rows"] == 14
 
 
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
@@ -336,10 +349,9 @@ def test_a_simple_preference_is_learned_and_evaluated_exactly(data, tmp_path, al
     trainer.train(show_progress=False)
     after = trainer.history[-1]
     num = {
-        name: [trainer.pairs.languages[row] for row in trainer.pairs.held_out].count(name)
-        for name in ("en-de", "en-fr")
+        name: [trainer.rows.languages[row] for row in trainer.rows.held_out].count(name) for name in ("en-de", "en-fr")
     }
-    assert sum(num.values()) == len(trainer.pairs.held_out) > 4
+    assert sum(num.values()) == len(trainer.rows.held_out) > 4
     assert after["eval_accuracy"] == 1.0 and after["eval_loss"] < 0.5 * before["eval_loss"]
     share = sum(before[f"eval_accuracy/{name}"] * num[name] for name in num) / sum(num.values())
     assert before["eval_accuracy"] == pytest.approx(share)
@@ -362,12 +374,12 @@ def test_micro_batches_do_not_change_the_result(data, tmp_path, alone):
 
 
 def test_low_rank_updates_are_merged_and_the_head_is_trained(data, tmp_path, alone):
-    from rayrm.models.reward_model import Rendering, load_reward_model, load_rewarder
+    from rayrm.models.reward_model import load_reward_model
+    from rayrm.models.rewarder import Rendering, load_rewarder
 
     trainer = start(make_job(data, tmp_path / "run", lora={"r": 4, "alpha": 8, "dropout": 0.1}, max_steps=3))
     trainer.train(show_progress=False)
-    probe = [{"id": "p", **{name: preference(5, random.Random(3))[name] for name in ("prompt", "chosen", "rejected")}}]
-    facts = trainer.finish(probe)
+    probe = trainer.finish()["probe"]
     base = load_reward_model(f"{data}/policy", head_seed=1).network.state_dict()
     saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert saved.keys() == base.keys()
@@ -376,7 +388,8 @@ def test_low_rank_updates_are_merged_and_the_head_is_trained(data, tmp_path, alo
     assert "model.embed_tokens.weight" not in changed and "model.norm.weight" not in changed
     rewarder = load_rewarder(str(tmp_path / "run" / "model"), Rendering(max_length=96))
     pairs = [(probe[0]["prompt"], probe[0][name][0]["content"]) for name in ("chosen", "rejected")]
-    assert [reward for reward, _ in rewarder.rewards(pairs)] == pytest.approx(facts["probe"][0]["rewards"], abs=1e-5)
+    expected = np.ravel(probe[0]["outputs"])
+    assert [reward for reward, _ in rewarder.rewards(pairs)] == pytest.approx(expected, abs=1e-5)
 
 
 # The whole job, on Ray.
@@ -384,7 +397,7 @@ def test_low_rank_updates_are_merged_and_the_head_is_trained(data, tmp_path, alo
 
 @pytest.mark.ray
 def test_two_workers_with_zero_3_end_like_one_and_are_verified(data, tmp_path, ray_cluster, alone):
-    from rayrm.models.reward_model import load_rewarder
+    from rayrm.models.rewarder import load_rewarder
 
     trainer = start(make_job(data, tmp_path / "alone"))
     trainer.train(show_progress=False)
@@ -404,7 +417,7 @@ def test_two_workers_with_zero_3_end_like_one_and_are_verified(data, tmp_path, r
     for row in done["probe"]:
         assert row["is_held_out"]
         pairs = [(row["prompt"], row[name][0]["content"]) for name in ("chosen", "rejected")]
-        assert [reward for reward, _ in rewarder.rewards(pairs)] == pytest.approx(row["rewards"], abs=1e-4)
+        assert [reward for reward, _ in rewarder.rewards(pairs)] == pytest.approx(np.ravel(row["outputs"]), abs=1e-4)
     lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 4, 6, 8, 8]
     for found, expected in zip(lines, trainer.history, strict=True):
@@ -463,7 +476,7 @@ def test_faults_of_the_input_are_found_before_workers_start(data, tmp_path, ray_
         run("model", model=f"{data}/nowhere")
     with pytest.raises(ConfigError, match="chat_template 'no' is no .jinja file"):
         run("template", chat_template="no")
-    with pytest.raises(SchemaError, match=rf"{NUM_ROWS} of {NUM_ROWS} pairs .* are longer than 8 tokens"):
+    with pytest.raises(SchemaError, match=rf"{NUM_ROWS} of {NUM_ROWS} rows .* are longer than 8 tokens"):
         run("long", max_length=8, on_overlength="error")
     with pytest.raises(SchemaError, match=rf"None of the {NUM_ROWS} rows .* \({NUM_ROWS} overlength\)"):
         run("all", max_length=8)
@@ -477,15 +490,16 @@ def test_a_saved_model_that_gives_other_rewards_is_refused(data, tmp_path, ray_c
     from rayrm.training.launch import TrainingWorkers
     from rayrm.training.probes import check_saved
 
-    trainer = start(make_job(data, tmp_path / "run", max_steps=1))
-    probe = [{"id": "p", **{name: preference(5, random.Random(3))[name] for name in ("prompt", "chosen", "rejected")}}]
-    facts = trainer.finish(probe)
-    path, rendering = f"{tmp_path}/run/model", {"chat_template": None, "max_length": 96}
-    rendering["fingerprint"] = trainer.renderer.fingerprint()
-    check_saved(path, rendering, facts["probe"], "fp32", TrainingWorkers())
-    probe = [facts["probe"][0] | {"rewards": [facts["probe"][0]["rewards"][0] + 0.01, 0.0]}]
+    job = make_job(data, tmp_path / "run", max_steps=1)
+    trainer = start(job)
+    facts = trainer.finish()
+    rendering = {"chat_template": None, "max_length": 96, "fingerprint": trainer.renderer.fingerprint()}
+    mark = {"rendering": rendering, "readout": {"type": "last_token"}, "probe": facts["probe"]}
+    given = (job.training.objective, "fp32", TrainingWorkers())
+    check_saved(f"{tmp_path}/run/model", mark, *given)
+    mark["probe"][0]["outputs"][1][0][0] += 0.01
     with pytest.raises(CheckpointError, match="before it was saved; it is not marked complete"):
-        check_saved(path, rendering, probe, "fp32", TrainingWorkers())
+        check_saved(f"{tmp_path}/run/model", mark, *given)
 
 
 def exhausted_loop(given):

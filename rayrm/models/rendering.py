@@ -71,6 +71,10 @@ class Renderer:
             return "\n".join(message["content"] for message in prompt)
         return str(self._apply(list(prompt), add_generation_prompt=True))
 
+    def turn_text(self, prompt: Sequence[Message]) -> str:
+        """The prompt's turns, without the header of an answer."""
+        return self.prompt_text(prompt) if self.template is None else self._apply(list(prompt), False)
+
     def completion_text(self, prompt: Sequence[Message], completion: str) -> str:
         """What stands behind `prompt_text` in a whole conversation, end token included.
 

@@ -1,30 +1,26 @@
-"""Reward models: a decoder with a linear head, read at the last attended token of a rendered conversation.
+"""The networks of reward models: a decoder, read at some tokens by a head.
 
-The weights are those of transformers' `AutoModelForSequenceClassification` with one label. What is done differently:
-the reward is pooled by the attention mask, not by comparing ids with the pad token, and head and reward are fp32.
-With right padding and a pad token that never ends a conversation, plain transformers gives the same numbers.
+Most are transformers' `AutoModelForSequenceClassification`, with one output or several. What is done differently: who
+calls says which tokens are read, by the attention mask and not by comparing ids with the pad token, and head and
+outputs are fp32. With one output, right padding and a pad token that never ends a conversation, plain transformers
+gives the same numbers. A model that compares two completions is a causal language model, read at the words of its
+verdict.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from rayrm import files
-from rayrm.batching import token_batches
 from rayrm.errors import CheckpointError
 from rayrm.models.folders import load_tokenizer, local_model
-from rayrm.models.rendering import Rendered, Renderer, load_template
-from rayrm.rows import Message
 
-log = logging.getLogger("rayrm")
 HEAD = "score"
-"""Name of the head in the decoders of transformers; its only tensor is `score.weight` [1, hidden size]."""
+"""Name of the head in the decoders of transformers; its only tensor is `score.weight` [outputs, hidden size]."""
 PAD_TOKENS = (
     "<|finetune_right_pad_id|>",
     "<|reserved_special_token_0|>",
@@ -36,41 +32,86 @@ PAD_TOKENS = (
 )
 """Tokens that serve as padding, best first, where a tokenizer has no pad token of its own."""
 
-Pair = tuple[Sequence[Message], str]
-"""A prompt and the completion to be rewarded."""
-Reward = tuple[float | None, str]
-"""A reward and `ok` or `truncated`; or None and `overlength`, `empty` or `nan`."""
-
 
 class RewardHead(nn.Linear):
     """A linear head that computes in fp32 whatever the precision of the hidden states and of its weights."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[…, hidden size] in any precision → […, 1] in fp32."""
+    def forward(self, input: torch.Tensor | None) -> torch.Tensor:
+        """[…, hidden size] in any precision → […, outputs] in fp32; without an input, the weights in fp32."""
+        if input is None:
+            # By way of `forward`, ZeRO-3 puts the weights together first.
+            return self.weight.float().clone()
         with torch.autocast(input.device.type, enabled=False):
             return nn.functional.linear(input.float(), self.weight.float())
 
 
-class RewardModel(nn.Module):
-    """`network` is a transformers sequence classifier with one label whose head is a `RewardHead`."""
+class Penalties(NamedTuple):
+    """Weights of what training adds to the loss and no output shows."""
 
-    def __init__(self, network: Any) -> None:
+    router: float = 0.0
+    """Of the load-balancing loss of a mixture of experts (arXiv 2101.03961, equations 4 to 6)."""
+    overlap: float = 0.0
+    """Of |cos| between the first two rows of the head."""
+
+
+class RewardModel(nn.Module):
+    """`network` read by its `RewardHead`, or, with `labels`, by the log-probabilities of two tokens."""
+
+    def __init__(self, network: Any, labels: tuple[int, int] | None = None) -> None:
         super().__init__()
         self.network = network
+        self.labels = labels
+        self.penalties = Penalties()
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Rewards of a padded batch: two int64 tensors [batch, length] → fp32 [batch]. Padding may be on either side."""
-        output = self.network.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        last = (attention_mask * positions).argmax(dim=1)
-        rows = torch.arange(input_ids.shape[0], device=input_ids.device)
-        rewards: torch.Tensor = self.network.score(output.last_hidden_state[rows, last])
-        return rewards.squeeze(-1)
+    def forward(self, input_ids: torch.Tensor, reads: torch.Tensor, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Outputs at some tokens of a batch, and the penalty, an fp32 number.
+
+        `input_ids` is int64 [batch, length]; `reads`, int64 of any shape, counts the batch's tokens row by row, and the
+        outputs are fp32 [*reads, outputs]. `inputs` go to the decoder: `attention_mask`, `position_ids` and so on.
+        """
+        wants_router = bool(self.penalties.router) and self.training
+        if wants_router:
+            inputs["output_router_logits"] = True
+        output = self.network.base_model(input_ids=input_ids, use_cache=False, **inputs)
+        hidden = output.last_hidden_state.flatten(0, 1)[reads]
+        penalty = torch.zeros((), device=hidden.device)
+        if wants_router:
+            loss = _router_loss(self.network, output.router_logits, inputs.get("attention_mask"))
+            penalty = penalty + self.penalties.router * loss
+        if self.penalties.overlap and self.training:
+            first, second = getattr(self.network, HEAD)(None)[:2]
+            penalty = penalty + self.penalties.overlap * nn.functional.cosine_similarity(first, second, dim=0).abs()
+        if self.labels is None:
+            return getattr(self.network, HEAD)(hidden), penalty
+        return _label_logits(self.network, hidden).log_softmax(-1)[..., list(self.labels)], penalty
+
+
+def _router_loss(network: Any, logits: Any, mask: torch.Tensor | None) -> torch.Tensor:
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    config = network.config.get_text_config()
+    loss = load_balancing_loss_func(logits, num_experts(config), config.num_experts_per_tok, mask)
+    return torch.as_tensor(loss)
+
+
+def num_experts(config: Any) -> int:
+    """Experts a layer of the model with this config; 0 for one that is no mixture of experts."""
+    return next((getattr(config, n) for n in ("num_local_experts", "num_experts") if getattr(config, n, None)), 0)
+
+
+def _label_logits(network: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """The language model's logits in fp32, scaled and capped as its own forward pass does."""
+    config = network.config.get_text_config()
+    logits: torch.Tensor = network.get_output_embeddings()(hidden).float()
+    logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def load_reward_model(
     path: str,
     *,
+    num_outputs: int = 1,
     head_seed: int | None = None,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
@@ -79,30 +120,20 @@ def load_reward_model(
 
     With `head_seed`, a checkpoint without a head (a causal language model) gets a new one, drawn from
     N(0, initializer_range²). Raises CheckpointError when nothing loads, when weights are missing or of another
-    shape, when a head is missing and there is no `head_seed`, and when a head has another name or more than one output.
+    shape, when a head is missing and there is no `head_seed`, and when a head has another name or another number of
+    outputs.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-    from transformers.utils import logging
+    from transformers import AutoModelForSequenceClassification
 
-    # What they would print is found and said by `_check_loaded`.
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        folder = local_model(path)
-        config = AutoConfig.from_pretrained(folder)
+    def prepare(config: Any) -> None:
         is_classifier = any("SequenceClassification" in name for name in config.architectures or [])
-        if is_classifier and config.num_labels != 1:
-            raise CheckpointError(f"The classifier at '{path}' has {config.num_labels} labels; a reward model has one.")
-        config.num_labels, config.problem_type = 1, "regression"
-        _turn_off_dropout(config)
-        network, loaded = AutoModelForSequenceClassification.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
-        )
-    except CheckpointError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
-        raise CheckpointError(f"'{path}' does not load as a reward model: {reason}.") from error
+        if is_classifier and config.num_labels != num_outputs:
+            raise CheckpointError(
+                f"The classifier at '{path}' has {config.num_labels} labels; a reward model of this kind has {num_outputs}."
+            )
+        config.num_labels, config.problem_type = num_outputs, "regression"
+
+    network, loaded = _load(path, AutoModelForSequenceClassification, prepare, dtype, attn_implementation)
     head = getattr(network, HEAD, None)
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise CheckpointError(f"{type(network).__name__} at '{path}' is no decoder with a linear head '{HEAD}'.")
@@ -111,6 +142,49 @@ def load_reward_model(
     if loaded["missing_keys"] and head_seed is not None:
         draw_head(network, head_seed)
     return RewardModel(network).eval()
+
+
+def load_comparing_model(
+    path: str,
+    labels: tuple[int, int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+) -> RewardModel:
+    """The causal language model at `path`, read at the log-probabilities of the tokens `labels`.
+
+    Raises CheckpointError when nothing loads or weights are missing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    network, loaded = _load(path, AutoModelForCausalLM, lambda config: None, dtype, attn_implementation)
+    _check_loaded(path, loaded, may_lack_head=False)
+    return RewardModel(network, labels).eval()
+
+
+def _load(
+    path: str, model_class: Any, prepare: Callable[[Any], None], dtype: torch.dtype, attn_implementation: str | None
+) -> tuple[Any, dict[str, Any]]:
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    # What they would print is found and said by `_check_loaded`.
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        folder = local_model(path)
+        config = AutoConfig.from_pretrained(folder)
+        prepare(config)
+        _turn_off_dropout(config)
+        network, loaded = model_class.from_pretrained(
+            folder, config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+        )
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
+        raise CheckpointError(f"'{path}' does not load as a reward model: {reason}.") from error
+    return network, loaded
 
 
 def _turn_off_dropout(config: Any) -> None:
@@ -145,7 +219,7 @@ def _as_reward_head(linear: nn.Linear) -> RewardHead:
 def draw_head(network: Any, seed: int) -> None:
     """Draw the head's weights from `seed`, the same ones at any ZeRO stage and on any number of processes."""
     weight = network.score.weight
-    drawn = torch.empty((1, network.score.in_features))
+    drawn = torch.empty((network.score.out_features, network.score.in_features))
     std = getattr(network.config.get_text_config(), "initializer_range", 0.02)
     drawn.normal_(0.0, std, generator=torch.Generator().manual_seed(seed))
     if not hasattr(weight, "ds_id"):
@@ -188,87 +262,17 @@ def pad_right(rows: Sequence[Any], pad_id: int, device: Any) -> tuple[torch.Tens
     return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
-class Rendering(NamedTuple):
-    """How a reward model's texts become token ids; null is what the checkpoint says."""
+def padded_batch(
+    rows: Sequence[Any], reads: Sequence[Sequence[int]], pad_id: int, device: Any
+) -> dict[str, torch.Tensor]:
+    """What `RewardModel.forward` takes for rows of ids, padded on the right, to be read at `reads` of each row.
 
-    chat_template: str | None = None
-    """Name or path of a template, `none`, or null for the tokenizer's own."""
-    max_length: int | None = None
-    """Most tokens of a prompt with its completion."""
-
-    def renderer(self, tokenizer: Any, where: str) -> Renderer:
-        """The one renderer that training and scoring share."""
-        return Renderer(tokenizer, load_template(self.chat_template, tokenizer, where), self.max_length)
-
-
-class Rewarder:
-    """A reward model with its tokenizer and renderer: prompts and completions in, rewards out."""
-
-    def __init__(self, model: RewardModel, renderer: Renderer) -> None:
-        self.model = model
-        self.renderer = renderer
-
-    def rewards(self, pairs: Sequence[Pair], token_budget: int = 16384) -> list[Reward]:
-        """One reward for each pair, in order; `token_budget` bounds the padded tokens of a forward pass."""
-        rendered = [self._render(pair) for pair in pairs]
-        found: list[Reward] = [(None, row.status) for row in rendered]
-        scorable = [index for index, row in enumerate(rendered) if row.ids]
-        for batch in token_batches([len(rendered[i].ids) for i in scorable], token_budget):
-            indices = [scorable[i] for i in batch]
-            for index, reward in zip(indices, self.read([rendered[i].ids for i in indices]), strict=True):
-                is_number = abs(reward) < float("inf")
-                found[index] = (reward, rendered[index].status) if is_number else (None, "nan")
-        return found
-
-    def _render(self, pair: Pair) -> Rendered:
-        prompt, completion = pair
-        return self.renderer.pair_ids(prompt, completion) if completion.strip() else Rendered([], 0, "empty")
-
-    @torch.inference_mode()
-    def read(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        """Rewards of rows of token ids, in one forward pass."""
-        device = next(self.model.parameters()).device
-        rewards: list[float] = self.model(*pad_right(rows, self.renderer.tokenizer.pad_token_id, device)).tolist()
-        return rewards
-
-
-def load_rewarder(
-    path: str,
-    rendering: Rendering | None = None,
-    device: str | None = None,
-    dtype: torch.dtype | None = None,
-    attn_implementation: str | None = None,
-) -> Rewarder:
-    """The reward model at `path`, ready to reward texts.
-
-    A checkpoint with a completion mark is rendered as it was trained; `rendering` may repeat that, and serves the
-    checkpoints that have no mark. `device` is the GPU when there is one; `dtype` is bf16 on a GPU and fp32 on a CPU.
-    Raises CheckpointError as `load_reward_model` does, and when `rendering` is not the checkpoint's own.
+    `reads` [rows, most reads of a row] points to the first token where a row has fewer.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
-    model = load_reward_model(path, dtype=dtype, attn_implementation=attn_implementation)
-    rendering = rendering or Rendering()
-    stored = (files.read_json(files.join(path, files.CHECKPOINT_MARK)) or {}).get("rendering")
-    if stored is not None:
-        own = (rendering.chat_template or stored["chat_template"], rendering.max_length or stored["max_length"])
-        rendering = Rendering(*own)
-    if rendering.max_length is None:
-        rendering = rendering._replace(max_length=getattr(model.network.config, "max_position_embeddings", None))
-    renderer = rendering.renderer(load_padding_tokenizer(path), path)
-    if stored is None:
-        log.warning("'%s' does not say how its texts were rendered; rendering them with %s", path, rendering)
-    else:
-        check_rendering(path, stored["fingerprint"], renderer.fingerprint())
-    return Rewarder(model.to(device), renderer)
-
-
-def check_rendering(path: str, stored: dict[str, Any], found: dict[str, Any]) -> None:
-    """Raise CheckpointError, naming what differs, unless texts are rendered as the checkpoint was trained."""
-    names = sorted({*stored, *found})
-    differing = [f"{n}: {stored.get(n)!r} there, {found.get(n)!r} here" for n in names if stored.get(n) != found.get(n)]
-    if differing:
-        raise CheckpointError(
-            f"The reward model at '{path}' was trained on texts rendered in another way ({'; '.join(differing)}); its "
-            "rewards would mean nothing."
-        )
+    ids, mask = pad_right(rows, pad_id, device)
+    most = max(len(positions) for positions in reads)
+    flat = [
+        [index * ids.shape[1] + position for position in positions] + [0] * (most - len(positions))
+        for index, positions in enumerate(reads)
+    ]
+    return {"input_ids": ids, "attention_mask": mask, "reads": torch.tensor(flat, device=device)}

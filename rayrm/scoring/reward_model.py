@@ -67,7 +67,7 @@ class RewardModelScorer:
     def __init__(self, config: RewardModelScoring) -> None:
         import torch
 
-        from rayrm.models.reward_model import Rendering, load_rewarder
+        from rayrm.models.rewarder import Rendering, load_rewarder
 
         if not config.workers.num_gpus:
             torch.set_num_threads(max(1, int(config.workers.num_cpus)))

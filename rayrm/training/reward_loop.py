@@ -1,6 +1,6 @@
 """The loop that trains a reward model, as each Ray Train worker runs it.
 
-All chance is drawn from the seed: new weights, the order of the pairs (which hangs on the step alone), and LoRA's
+All chance is drawn from the seed: new weights, the order of the rows (which hangs on the step alone), and LoRA's
 dropout (which hangs on step and rank). A resumed run needs no generator's state.
 """
 
@@ -9,25 +9,25 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from rayrm.errors import CheckpointError
-from rayrm.models.reward_model import load_reward_model, pad_right
+from rayrm.errors import CheckpointError, ConfigError
+from rayrm.models.readouts import Readout, parse_readout
+from rayrm.models.reward_model import Penalties, num_experts, padded_batch
 from rayrm.training.batches import batch_of_step, micro_batches, steps_per_epoch
 from rayrm.training.curves import write_curves
 from rayrm.training.launch import deepspeed_config, prepare_worker, start_deepspeed
 from rayrm.training.memory import fitting_micro_batch, halved_when_out_of_memory
-from rayrm.training.objectives import LOSSES, Targets
-from rayrm.training.preferences import make_renderer, read_rendered
-from rayrm.training.probes import probe_sides
-from rayrm.training.reward_metrics import MeasuredPairs, measure_pairs
+from rayrm.training.objectives.base import Measured
+from rayrm.training.objectives.pairs import Odin
+from rayrm.training.probes import encode_probe
+from rayrm.training.rendered import make_renderer, read_rendered
 from rayrm.training.reward_model import RewardModelJob
 from rayrm.training.reward_saving import add_updates, export_reward_model
 from rayrm.training.states import WORLD, last_state
@@ -35,8 +35,6 @@ from rayrm.training.tracking import TRACKERS
 
 PROGRESS = "progress.json"
 ENGINE = "engine"
-SUMS = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward")
-"""What is summed over the pairs of the steps between two records; the number of pairs stands behind."""
 
 
 def train_loop(given: dict[str, Any]) -> dict[str, Any]:
@@ -50,7 +48,7 @@ def train_loop(given: dict[str, Any]) -> dict[str, Any]:
             if state is not None:
                 trainer.load(state)
         trainer.train(given["show_progress"])
-        return trainer.finish(given["probe"])
+        return trainer.finish()
 
 
 class RewardTrainer:
@@ -62,14 +60,18 @@ class RewardTrainer:
         self.micro_batch_size = micro_batch_size
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.renderer = make_renderer(job.training.model, job.training.chat_template, job.training.max_length)
-        self.pairs = read_rendered(job.output)
-        self.engine = make_engine(job, micro_batch_size, self.renderer.tokenizer.pad_token_id)
+        self.objective = job.training.objective
+        self.rows, self.rendered = read_rendered(job.output, self.objective.num_sides)
+        self.readout = parse_readout(self.rendered["readout"])
+        self.rows.targets = self.objective.to_units(self.rows.targets, self.readout)
+        self.engine = make_engine(job, micro_batch_size, self.renderer.tokenizer, self.readout)
         self.device = self.engine.device
-        self.epoch_steps = steps_per_epoch(len(self.pairs.train), job.training.global_batch_size)
+        self.epoch_steps = steps_per_epoch(len(self.rows.train), job.training.global_batch_size)
         self.num_steps = job.training.max_steps or math.ceil(job.training.num_epochs * self.epoch_steps)
         self.step = 0
         """Steps that are done."""
-        self.sums = [0.0] * (len(SUMS) + 1)
+        self.sums: dict[str, float] = {}
+        """Sums over the rows of the steps since the last record, and their number as `rows`."""
         self.history: list[dict[str, float]] = []
 
     def train(self, show_progress: bool) -> None:
@@ -87,7 +89,7 @@ class RewardTrainer:
             is_last = self.step == self.num_steps
             if self.step % job.log_steps == 0 or is_last:
                 tracker.log(self.record(self.summary(time.monotonic() - began)), self.step)
-            if self.pairs.held_out and (self.step % job.training.eval_steps == 0 or is_last):
+            if self.rows.held_out and (self.step % job.training.eval_steps == 0 or is_last):
                 tracker.log(self.record(self.evaluate()), self.step)
                 self.write_history()
             if self.step % job.save_steps == 0 and not is_last:
@@ -99,43 +101,94 @@ class RewardTrainer:
         tracker.close()
 
     def train_step(self) -> None:
-        """One update from one global batch; its gradient is that of the mean loss over all pairs of the batch."""
-        batch = batch_of_step(self.step, len(self.pairs.train), self.training.global_batch_size, self.training.seed)
-        rows = [self.pairs.train[index] for index in batch]
-        torch.manual_seed((self.training.seed << 32) + self.step * self.world + self.rank)
+        """One update from one global batch; its gradient is that of the mean loss over all rows of the batch."""
+        batch = batch_of_step(self.step, len(self.rows.train), self.training.global_batch_size, self.training.seed)
+        rows = [self.rows.train[index] for index in batch]
         self.engine.train()
-        sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=self.device)
-        for micro in micro_batches(rows, self.pairs.lengths, self.micro_batch_size, self.rank, self.world):
-            rewards, losses = self.forward(micro or rows[:1])
+        slopes = self.slopes(rows) if self.objective.is_batchwise else {}
+        sums: dict[str, float] = {}
+        for micro, is_padding in self.passes(rows):
+            outputs, penalty = self.forward(micro)
             # DeepSpeed averages gradients over workers, and adds them up over forward passes. A worker that has no
-            # pair left takes part in the collectives with one that counts nothing.
-            share = self.world / len(rows) if micro else 0.0
-            self.engine.backward(losses.sum() * share, scale_wrt_gas=False)
-            if micro:
-                sums += _sums(rewards.detach(), losses.detach())
+            # row left takes part in the collectives with one that counts nothing.
+            share = 0.0 if is_padding else self.world / len(rows)
+            losses = self.losses(micro, outputs)
+            if slopes:
+                loss = sum((outputs[:, index] * slopes[row]).sum() for index, row in enumerate(micro)) * share
+            else:
+                loss = losses.sum() * share
+            self.engine.backward(loss + penalty * len(micro) * share, scale_wrt_gas=False)
+            found = {
+                "loss": losses,
+                **self.objective.track(outputs, self.targets(micro)),
+                "rows": torch.ones(len(micro)),
+            }
+            for name, values in found.items():
+                sums[name] = sums.get(name, 0.0) + (0.0 if is_padding else float(values.detach().double().sum()))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.training.rate_at(self.step, self.num_steps)
         self.engine.step()
-        dist.all_reduce(sums)
-        self.sums = [old + new for old, new in zip(self.sums, sums.tolist(), strict=True)]
+        totals = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.device)
+        dist.all_reduce(totals)
+        self.sums = {name: self.sums.get(name, 0.0) + num for name, num in zip(sums, totals.tolist(), strict=True)}
         self.step += 1
 
+    def passes(self, rows: Sequence[int]) -> Iterator[tuple[list[int], bool]]:
+        """The rows of each forward pass, and whether they only keep the other workers company.
+
+        Dropout hangs on the step and the rank alone.
+        """
+        torch.manual_seed((self.training.seed << 32) + self.step * self.world + self.rank)
+        for micro in micro_batches(rows, self.rows.lengths, self.micro_batch_size, self.rank, self.world):
+            yield (micro, False) if micro else ([rows[0]], True)
+
     def forward(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rewards [2, pairs], chosen sides first, and losses [pairs] of some pairs, in one pass and in fp32."""
-        sides = [self.pairs.chosen[row] for row in rows] + [self.pairs.rejected[row] for row in rows]
-        ids, mask = pad_right(sides, self.renderer.tokenizer.pad_token_id, self.device)
-        rewards = self.engine(ids, mask).float().view(2, -1)
-        targets = Targets(*torch.from_numpy(self.pairs.targets[:, list(rows)]).to(self.device))
-        objective = self.training.objective
-        return rewards, LOSSES[objective.type](objective, rewards[0], rewards[1], targets)
+        """Outputs of some rows, fp32 [sides, rows, reads, outputs], in one pass, and the penalty."""
+        num_sides = self.objective.num_sides
+        sides = [self.rows.sides[side][row] for side in range(num_sides) for row in rows]
+        reads = [self.rows.reads[side][row].tolist() for side in range(num_sides) for row in rows]
+        batch = padded_batch(sides, reads, self.renderer.tokenizer.pad_token_id, self.device)
+        outputs, penalty = self.engine(**batch)
+        return outputs.float().unflatten(0, (num_sides, len(rows))), penalty
+
+    def targets(self, rows: Sequence[int]) -> torch.Tensor:
+        """What is known of some rows, fp32 [rows, targets]."""
+        return torch.from_numpy(self.rows.targets[list(rows)]).to(self.device)
+
+    def losses(self, rows: Sequence[int], outputs: torch.Tensor) -> torch.Tensor:
+        """Weighted loss of each row, fp32 [rows]."""
+        weights = torch.from_numpy(self.rows.weights[list(rows)]).to(self.device)
+        return weights * self.objective.losses(outputs, self.targets(rows))
+
+    @torch.no_grad()
+    def collect(self, rows: Sequence[int]) -> torch.Tensor:
+        """Outputs of any number of rows, each computed once by one worker: fp32 [sides, rows, most reads, outputs]."""
+        place = {row: index for index, row in enumerate(rows)}
+        shape = (self.objective.num_sides, len(rows), self.rows.most_reads, self.readout.num_outputs)
+        found = torch.zeros(shape, device=self.device)
+        for micro, is_padding in self.passes(rows):
+            outputs, _ = self.forward(micro)
+            if not is_padding:
+                found[:, [place[row] for row in micro], : outputs.shape[2]] = outputs
+        dist.all_reduce(found)
+        return found
+
+    def slopes(self, rows: Sequence[int]) -> dict[int, torch.Tensor]:
+        """For each row of a global batch, the gradient of the batch's summed loss by the row's outputs.
+
+        A loss that hangs on the whole batch needs the outputs of all of it, which a pass without gradients gives.
+        """
+        outputs = self.collect(rows).requires_grad_()
+        (slopes,) = torch.autograd.grad(self.losses(rows, outputs).sum(), outputs)
+        return {row: slopes[:, index] for index, row in enumerate(rows)}
 
     def summary(self, seconds: float) -> dict[str, float]:
-        """Means over all pairs since the last record; `seconds` is what the last step took."""
-        *sums, num_pairs = self.sums
-        if not math.isfinite(sums[0]):
-            raise CheckpointError(f"The loss is {sums[0]} at step {self.step}; try a lower lr or more warmup.")
-        self.sums = [0.0] * len(self.sums)
-        found = {name: total / num_pairs for name, total in zip(SUMS, sums, strict=True)}
+        """Means over all rows since the last record; `seconds` is what the last step took."""
+        num_rows = self.sums.pop("rows")
+        found = {name: total / num_rows for name, total in self.sums.items()}
+        self.sums = {}
+        if not math.isfinite(found["loss"]):
+            raise CheckpointError(f"The loss is {found['loss']} at step {self.step}; try a lower lr or more warmup.")
         found |= {"lr": self.training.rate_at(self.step - 1, self.num_steps), "step_s": seconds}
         norm = self.engine.get_global_grad_norm()
         return found if norm is None else found | {"grad_norm": float(norm)}
@@ -150,22 +203,16 @@ class RewardTrainer:
         if self.rank == 0:
             write_curves(self.history, self.job.output)
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Metrics over the held-out pairs, each of them counted once whatever the number of workers."""
+        """Metrics over the held-out rows, each of them counted once whatever the number of workers."""
         self.engine.eval()
-        held_out = self.pairs.held_out
-        place = {row: index for index, row in enumerate(held_out)}
-        found = torch.zeros((3, len(held_out)), dtype=torch.float64, device=self.device)
-        for micro in micro_batches(held_out, self.pairs.lengths, self.micro_batch_size, self.rank, self.world):
-            rewards, losses = self.forward(micro or held_out[:1])
-            if micro:
-                found[:, [place[row] for row in micro]] = torch.cat([rewards, losses[None]]).double()
-        dist.all_reduce(found)
-        *rewards_found, losses_found = found.cpu().numpy()
-        pairs, rows = self.pairs, np.array(held_out)
-        columns = (column[rows] for column in (pairs.extra_lengths, pairs.languages, pairs.subsets))
-        return measure_pairs(MeasuredPairs(np.stack(rewards_found), losses_found, *columns))
+        held_out = self.rows.held_out
+        outputs = self.collect(held_out)
+        given = (outputs, self.targets(held_out), self.losses(held_out, outputs))
+        arrays = [tensor.cpu().double().numpy() for tensor in given]
+        rows = self.rows
+        lengths, languages, subsets = rows.side_lengths[:, held_out], rows.languages[held_out], rows.subsets[held_out]
+        return self.objective.measure(Measured(arrays[0], arrays[1], arrays[2], lengths, languages, subsets))
 
     def save(self) -> None:
         """Report the state of this step to Ray Train: every worker the files that it wrote."""
@@ -189,39 +236,30 @@ class RewardTrainer:
             raise CheckpointError(f"The state of step {progress['step']} in '{folder}' is incomplete; remove it.")
         self.step, self.sums, self.history = progress["step"], progress["sums"], progress["history"]
 
-    def finish(self, probe: list[dict[str, Any]]) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         """Save the model whole and return the facts of the run."""
         self.write_history()
-        rewards = self.read_probe(probe)
-        export_reward_model(self.engine.module.network, self.training, self.renderer, self.job.output)
+        probe = self.read_probe()
+        export_reward_model(self.engine.module.network, self.training, self.renderer, self.readout, self.job.output)
         metrics: dict[str, float] = {}
         for record in self.history:
             metrics |= record
-        return {
-            "steps": self.step,
-            "metrics": metrics,
-            "micro_batch_size": self.micro_batch_size,
-            "probe": [row | {"rewards": pair} for row, pair in zip(probe, rewards, strict=True)],
-        }
+        return {"steps": self.step, "metrics": metrics, "micro_batch_size": self.micro_batch_size, "probe": probe}
 
     @torch.no_grad()
-    def read_probe(self, probe: list[dict[str, Any]]) -> list[list[float]]:
-        """Rewards of both sides of each probe row, by the model as it was trained."""
+    def read_probe(self) -> list[dict[str, Any]]:
+        """The probe rows with the `outputs` [sides][reads][outputs] that the model as it was trained gives them."""
         self.engine.eval()
-        rewards: list[list[float]] = []
-        for row in probe:
-            ids = [self.renderer.pair_ids(*side).ids for side in probe_sides(row)]
-            rewards.append(self.engine(*pad_right(ids, self.renderer.tokenizer.pad_token_id, self.device)).tolist())
-        return rewards
+        found = []
+        for row in self.rendered["probe"]:
+            sides = encode_probe(row, self.objective, self.renderer)
+            ids, reads = [side.ids for side in sides], [side.reads for side in sides]
+            outputs, _ = self.engine(**padded_batch(ids, reads, self.renderer.tokenizer.pad_token_id, self.device))
+            found.append(row | {"outputs": outputs.float().tolist()})
+        return found
 
 
-def _sums(rewards: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
-    gaps = rewards[0] - rewards[1]
-    values = torch.stack([losses, (gaps > 0).to(gaps), gaps, rewards[0], rewards[1], torch.ones_like(gaps)])
-    return values.double().sum(dim=1)
-
-
-def make_engine(job: RewardModelJob, micro_batch_size: int, pad_id: int) -> Any:
+def make_engine(job: RewardModelJob, micro_batch_size: int, tokenizer: Any, readout: Readout) -> Any:
     """DeepSpeed's engine around the model of `job.training`, ready to train."""
     import deepspeed
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
@@ -235,12 +273,15 @@ def make_engine(job: RewardModelJob, micro_batch_size: int, pad_id: int) -> Any:
     # While this object lives, transformers loads weights in ZeRO-3's parts.
     partitioned = HfDeepSpeedConfig(settings) if parallelism.zero_stage == 3 else None
     dtype = torch.bfloat16 if bf16 else torch.float32
-    model = load_reward_model(
-        training.model, head_seed=training.seed, dtype=dtype, attn_implementation=training.attn_implementation
-    )
+    attention = training.attn_implementation
+    model = readout.load(training.model, tokenizer, head_seed=training.seed, dtype=dtype, attn_implementation=attention)
     if partitioned is not None:
         unset_hf_deepspeed_config()
-    model.network.config.pad_token_id = pad_id
+    if training.router_loss and not num_experts(model.network.config.get_text_config()):
+        raise ConfigError(f"router_loss is {training.router_loss:g}, and '{training.model}' is no mixture of experts.")
+    overlap = training.objective.orthogonality if isinstance(training.objective, Odin) else 0.0
+    model.penalties = Penalties(training.router_loss, overlap)
+    model.network.config.pad_token_id = tokenizer.pad_token_id
     if training.lora is not None:
         add_updates(model.network, training.lora, training.seed)
     if parallelism.gradient_checkpointing:

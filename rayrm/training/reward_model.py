@@ -1,36 +1,41 @@
-"""Train a reward model from preferences: what may be set, what is checked first, and the start."""
+"""Train a reward model: what may be set, what is checked first, and the start."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any, Literal
 
+from pydantic import Field
+
 from rayrm import cluster, files
 from rayrm.errors import RayRMError
 from rayrm.models.folders import check_model
-from rayrm.rows import Preference
 from rayrm.runs import abandon_run, finish_run, start_run
+from rayrm.shards import read_schemas
 from rayrm.training.launch import MARK, MODEL, launch
-from rayrm.training.objectives import BradleyTerry
+from rayrm.training.objectives import AnyObjective
+from rayrm.training.objectives.pairs import BradleyTerry
 from rayrm.training.settings import Training, TrainingJob
 from rayrm.training.tracking import check_tracker
 
 
 class RewardTraining(Training):
-    """Learn to give the chosen side of each pair a higher reward than the rejected one; a row is a pair.
+    """Learn rewards from pairs of completions, or from single ones with numbers, as the objective says.
 
     The model to start from is a causal language model, which gets a new head, or a reward model. Scoring keeps to
     max_length too. The last step of an epoch takes what is left, and results do not hang on micro_batch_size.
     """
 
-    objective: BradleyTerry = BradleyTerry()
-    """What is learned from a pair."""
+    objective: AnyObjective = BradleyTerry()
+    """What is learned from a row."""
     on_overlength: Literal["drop", "truncate_prompt_left", "error"] = "drop"
-    """What becomes of a pair with a longer side; a completion that is too long by itself always drops its pair."""
+    """What becomes of a row with a longer side; a completion that is too long by itself always drops its row."""
+    router_loss: float = Field(0.0, ge=0)
+    """Weight of the load-balancing loss of a mixture of experts (arXiv 2101.03961), taken over each forward pass."""
 
 
 class RewardModelJob(TrainingJob):
-    """From Preference rows to a reward model's checkpoint."""
+    """From rows to a reward model's checkpoint."""
 
     training: RewardTraining
     """What is trained, and how."""
@@ -39,8 +44,8 @@ class RewardModelJob(TrainingJob):
 def train_reward_model(config: RewardModelJob) -> dict[str, Any]:
     """Train into `<output>/model`, verify it in a process of its own, mark it complete, and return the mark.
 
-    The mark holds the objective, the rendering, the counts, the metrics, and up to 16 probe rows with their rewards.
-    Raises SchemaError when the input is no file of Preference rows or nothing of it is left, ConfigError when the
+    The mark holds the objective, the rendering, the readout, the counts, the metrics, and up to 16 probe rows with what
+    the model gave them. Raises SchemaError when the input has no rows for the objective or nothing of it is left, ConfigError when the
     tracker is not installed or the template is none, ResourceError when the cluster can never hold the workers, and
     CheckpointError when there is no model or no template, or training or saving fails.
     """
@@ -56,37 +61,42 @@ def train_reward_model(config: RewardModelJob) -> dict[str, Any]:
 
 def _check_job(config: RewardModelJob) -> None:
     """All that needs no cluster, so that a config that cannot work claims no output."""
-    from rayrm.training.preferences import check_renderer
+    from rayrm.training.rendered import check_renderer
 
     check_tracker(config.report_to)
-    Preference.check_files(config.input)
+    objective = config.training.objective
+    objective.rows.check_files(config.input)
+    for name, schema in read_schemas(config.input):
+        objective.check_schema(schema, f"'{name}'")
     check_model(config.training.model)
     check_renderer(config.training)
 
 
 def _train(config: RewardModelJob, what: str) -> dict[str, Any]:
-    from rayrm.training.preferences import render_preferences
     from rayrm.training.probes import check_saved
+    from rayrm.training.rendered import render_rows
     from rayrm.training.reward_loop import train_loop
 
     try:
-        rendered = render_preferences(config.input, config.output, config.training)
+        rendered = render_rows(config.input, config.output, config.training)
     except RayRMError:
         # What must change is part of what the output was claimed for.
         abandon_run(config)
         raise
-    given = {"job": config.model_dump(), "probe": rendered["probe"], "show_progress": sys.stderr.isatty()}
+    given = {"job": config.model_dump(), "show_progress": sys.stderr.isatty()}
     facts = launch(train_loop, given, config.output, config.workers, what)
-    rendering = {
-        "chat_template": "none" if config.training.chat_template == "none" else None,
-        "max_length": config.training.max_length,
-        "fingerprint": rendered["fingerprint"],
-    }
-    precision = "bf16" if config.parallelism.uses_bf16(config.workers.num_gpus) else "fp32"
-    check_saved(files.join(config.output, MODEL), rendering, facts["probe"], precision, config.workers)
-    return {
-        "objective": config.training.objective.model_dump(),
-        "rendering": rendering,
+    training = config.training
+    mark = {
+        "objective": training.objective.model_dump(),
+        "rendering": {
+            "chat_template": "none" if training.chat_template == "none" else None,
+            "max_length": training.max_length,
+            "fingerprint": rendered["fingerprint"],
+        },
+        "readout": rendered["readout"],
         "counts": rendered["counts"],
         **facts,
     }
+    precision = "bf16" if config.parallelism.uses_bf16(config.workers.num_gpus) else "fp32"
+    check_saved(files.join(config.output, MODEL), mark, training.objective, precision, config.workers)
+    return mark

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from rayrm.models.readouts import Readout
 from rayrm.models.rendering import Renderer
-from rayrm.models.reward_model import HEAD, load_reward_model
+from rayrm.models.reward_model import HEAD
 from rayrm.training.checkpoints import export_model, gather_state
 
 if TYPE_CHECKING:
@@ -26,12 +27,15 @@ def add_updates(network: Any, lora: LowRank, seed: int) -> Any:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        view = lora.add_to(network, exclude_modules=[HEAD])
-    getattr(network, HEAD).requires_grad_(True)
+        view = lora.add_to(network, exclude_modules=[HEAD, "lm_head"])
+    if hasattr(network, HEAD):
+        getattr(network, HEAD).requires_grad_(True)
     return view
 
 
-def export_reward_model(network: Any, training: RewardTraining, renderer: Renderer, output: str) -> None:
+def export_reward_model(
+    network: Any, training: RewardTraining, renderer: Renderer, readout: Readout, output: str
+) -> None:
     """Gather, save and verify `network` as `<output>/model`; LoRA updates are merged. All ranks call it."""
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     state = gather_state(network, lambda name: training.lora is None or name in trained)
@@ -39,7 +43,8 @@ def export_reward_model(network: Any, training: RewardTraining, renderer: Render
         if training.lora is not None:
             # What rank 0 loads alone must be whole.
             unset_hf_deepspeed_config()
-            whole = load_reward_model(training.model, head_seed=training.seed, dtype=network.dtype).network
+            tokenizer, seed = renderer.tokenizer, training.seed
+            whole = readout.load(training.model, tokenizer, head_seed=seed, dtype=network.dtype).network
             whole.config.pad_token_id = network.config.pad_token_id
             view = add_updates(whole, training.lora, training.seed)
             whole.load_state_dict(state, strict=False)
@@ -51,5 +56,6 @@ def export_reward_model(network: Any, training: RewardTraining, renderer: Render
             network.save_pretrained(folder, state_dict=state)
             renderer.tokenizer.save_pretrained(folder)
 
-        export_model(output, write, AutoModelForSequenceClassification)
+        is_classifier = hasattr(network, HEAD)
+        export_model(output, write, AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM)
     dist.barrier()

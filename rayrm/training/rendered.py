@@ -1,4 +1,4 @@
-"""Preference rows → token ids, rendered once on the cluster before training and kept beside the run."""
+"""Rows → token ids, rendered once on the cluster before training and kept beside the run."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rayrm import cluster, files
 from rayrm.errors import CheckpointError, ConfigError, SchemaError
-from rayrm.models.reward_model import Pair, Rendering, load_padding_tokenizer
-from rayrm.rows import Message
+from rayrm.models.readouts import Comparison, check_header
+from rayrm.models.reward_model import load_padding_tokenizer
+from rayrm.models.rewarder import Rendering
 from rayrm.shards import Shard, list_shards, read_shard
 from rayrm.splits import is_held_out
 from rayrm.training.launch import fetch
-from rayrm.training.objectives import Targets
 
 if TYPE_CHECKING:
     from rayrm.models.rendering import Renderer
@@ -33,61 +34,74 @@ RENDERED = "rendered.parquet"
 TASK_ROWS = 4096
 NUM_PROBES = 16
 
-_IDS = pa.large_list(pa.int32())
+_LISTS = pa.large_list(pa.large_list(pa.int32()))
 _SCHEMA = pa.schema(
     {
         "language": pa.string(),
         "subset": pa.string(),
         "is_held_out": pa.bool_(),
-        **dict.fromkeys(Targets._fields, pa.float32()),
-        "chosen": _IDS,
-        "rejected": _IDS,
+        "weight": pa.float32(),
+        "targets": pa.large_list(pa.float32()),
+        "sides": _LISTS,
+        "reads": _LISTS,
     }
 )
-_ALLOWED = {
-    "margin": (-math.inf, math.inf, "margin_not_finite"),
-    "label": (0.0, 1.0, "label_not_in_0_to_1"),
-    "weight": (0.0, math.inf, "weight_not_0_or_more"),
-}
-"""Least and greatest finite number that a row may give, and the reason to drop a pair with any other value."""
 
 
-class RenderedPairs:
-    """The rendered pairs of a run, numbered in the order of the input."""
+class RenderedRows:
+    """The rendered rows of a run, numbered in the order of the input."""
 
-    def __init__(self, table: pa.Table) -> None:
+    def __init__(self, table: pa.Table, num_sides: int) -> None:
         self.languages, self.subsets = (np.array(table[name].to_pylist(), str) for name in ("language", "subset"))
-        self.targets: NDArray[np.float32] = np.stack([table[name].to_numpy() for name in Targets._fields])
-        """The numbers of `Targets`, fp32 [fields, pairs]."""
+        self.weights: NDArray[np.float32] = table["weight"].to_numpy()
+        self.targets = _padded(table["targets"])
+        """fp32 [rows, most targets of a row]; NaN behind the last target of a row."""
         held_out = table["is_held_out"].to_numpy()
         self.train: list[int] = np.flatnonzero(~held_out).tolist()
         self.held_out: list[int] = np.flatnonzero(held_out).tolist()
-        self.chosen, self.rejected = _Ids(table["chosen"]), _Ids(table["rejected"])
-        self.lengths: list[int] = np.maximum(self.chosen.lengths, self.rejected.lengths).tolist()
-        """Tokens of the longer side of each pair."""
-        self.extra_lengths: NDArray[np.int64] = self.chosen.lengths - self.rejected.lengths
+        self.sides = [_Lists(table["sides"], num_sides, side) for side in range(num_sides)]
+        """The token ids of each side, by row."""
+        self.reads = [_Lists(table["reads"], num_sides, side) for side in range(num_sides)]
+        """Where each side is read, by row."""
+        self.side_lengths: NDArray[np.int64] = np.stack([side.lengths for side in self.sides])
+        """Tokens, [sides, rows]."""
+        self.lengths: list[int] = self.side_lengths.max(0).tolist()
+        """Tokens of the longest side of each row."""
+        self.most_reads = max(int(reads.lengths.max()) for reads in self.reads)
+        """Reads of the side that has most of them."""
 
 
-class _Ids:
-    """A column of token ids, read without copying."""
+class _Lists:
+    """One side of a column of lists, read without copying."""
 
-    def __init__(self, column: pa.ChunkedArray) -> None:
-        array = column.combine_chunks()
-        self.values = array.values.to_numpy()
-        self.offsets = array.offsets.to_numpy()
-        self.lengths = np.diff(self.offsets)
+    def __init__(self, column: pa.ChunkedArray, num_sides: int, side: int) -> None:
+        inner = column.combine_chunks().values
+        self.values = inner.values.to_numpy()
+        offsets = inner.offsets.to_numpy()
+        self.starts, self.stops = offsets[side:-1:num_sides], offsets[side + 1 :: num_sides]
+        self.lengths = self.stops - self.starts
 
     def __getitem__(self, index: int) -> NDArray[np.int32]:
-        ids: NDArray[np.int32] = self.values[self.offsets[index] : self.offsets[index + 1]]
+        ids: NDArray[np.int32] = self.values[self.starts[index] : self.stops[index]]
         return ids
 
 
-def render_preferences(path: str, output: str, training: RewardTraining) -> dict[str, Any]:
-    """Render the Preference rows at `path` to `<output>/rendered.parquet`, unless they are there, in parallel.
+def _padded(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    lists = column.combine_chunks()
+    offsets = lists.offsets.to_numpy()
+    lengths = np.diff(offsets)
+    found = np.full((len(lengths), lengths.max(initial=0)), np.nan, np.float32)
+    found[np.arange(found.shape[1]) < lengths[:, None]] = lists.values.to_numpy()[offsets[0] : offsets[-1]]
+    return found
+
+
+def render_rows(path: str, output: str, training: RewardTraining) -> dict[str, Any]:
+    """Render the rows at `path` to `<output>/rendered.parquet`, unless they are there, in parallel.
 
     Returns `counts` (read, written, train, held_out, and dropped by reason), `probe`, up to 16 rows that were kept,
-    held-out ones if there are any, and the renderer's `fingerprint`. Raises SchemaError when nothing is left to train
-    on, or when a pair is too long and `on_overlength` is `error`, and ConfigError when a held-out share holds out nothing.
+    held-out ones if there are any, the renderer's `fingerprint`, and the `readout` of the model that will be trained.
+    Raises SchemaError when nothing is left to train on, or when a row is too long and `on_overlength` is `error`, and
+    ConfigError when a held-out share holds out nothing.
     """
     target = files.join(output, RENDERED)
     if not files.exists(target):
@@ -101,6 +115,8 @@ def render_preferences(path: str, output: str, training: RewardTraining) -> dict
         _check(facts["counts"], path, training)
         renderer = make_renderer(training.model, training.chat_template, training.max_length)
         facts["fingerprint"] = renderer.fingerprint()
+        targets = _padded(table.filter(pc.invert(table["is_held_out"]))["targets"]).astype(float)
+        facts["readout"] = training.objective.readout(targets).model_dump()
         with files.atomic_file(target) as handle:
             pq.write_table(table.replace_schema_metadata({"rayrm": json.dumps(facts)}), handle)
     fs, inner = files.filesystem(target)
@@ -109,11 +125,12 @@ def render_preferences(path: str, output: str, training: RewardTraining) -> dict
     return found
 
 
-def read_rendered(output: str) -> RenderedPairs:
-    """What `render_preferences` wrote."""
+def read_rendered(output: str, num_sides: int) -> tuple[RenderedRows, dict[str, Any]]:
+    """What `render_rows` wrote, and returned."""
     fs, inner = files.filesystem(files.join(output, RENDERED))
     with fs.open(inner, "rb") as handle:
-        return RenderedPairs(pq.read_table(handle))
+        table = pq.read_table(handle)
+    return RenderedRows(table, num_sides), json.loads(table.schema.metadata[b"rayrm"])
 
 
 def _facts(table: pa.Table, counters: Sequence[Counter[str]], probes: list[dict[str, Any]]) -> dict[str, Any]:
@@ -136,7 +153,7 @@ def _check(counts: dict[str, Any], path: str, training: RewardTraining) -> None:
     too_long = counts["dropped"].get("overlength", 0)
     if training.on_overlength == "error" and too_long:
         raise SchemaError(
-            f"{too_long:,} of {counts['read']:,} pairs of '{path}' are longer than {training.max_length} tokens; raise "
+            f"{too_long:,} of {counts['read']:,} rows of '{path}' are longer than {training.max_length} tokens; raise "
             "max_length, or set on_overlength to drop or truncate_prompt_left."
         )
     if not counts["train"]:
@@ -154,14 +171,14 @@ def render_shard(shard: Shard, training: RewardTraining) -> tuple[pa.Table, Coun
     dropped, probes = Counter[str](), list[dict[str, Any]]()
     rendered: list[dict[str, Any]] = []
     for row in read_shard(shard).to_pylist():
-        new, reason = render_row(row, renderer, training)
-        if new is None:
-            dropped[reason] += 1
+        new = render_row(row, renderer, training)
+        if isinstance(new, str):
+            dropped[new] += 1
             continue
         new["is_held_out"] = is_held_out(row["group"], training.held_out_fraction, training.seed)
         rendered.append(new)
         if sum(probe["is_held_out"] == new["is_held_out"] for probe in probes) < NUM_PROBES:
-            probes.append({name: row[name] for name in ("id", "prompt", "chosen", "rejected")})
+            probes.append({name: row[name] for name in ("id", *training.objective.columns)})
             probes[-1]["is_held_out"] = new["is_held_out"]
     return pa.Table.from_pylist(rendered, schema=_SCHEMA), dropped, probes
 
@@ -184,50 +201,34 @@ def check_renderer(training: RewardTraining) -> None:
             f"The chat template for '{training.model}' does not render a question and its answer: "
             f"{str(error).rstrip('.')}; set chat_template to another one, or to 'none'."
         ) from error
+    if training.objective.type == "comparison":
+        check_header(renderer)
+        Comparison(words=training.objective.words).tokens(renderer.tokenizer)
 
 
-def render_row(
-    row: Mapping[str, Any], renderer: Renderer, training: RewardTraining
-) -> tuple[dict[str, Any] | None, str]:
-    """The ids of both sides with language and targets, or None and the reason why the pair is no use.
+def render_row(row: Mapping[str, Any], renderer: Renderer, training: RewardTraining) -> dict[str, Any] | str:
+    """The ids of all sides with language and targets, or the reason why the row is no use.
 
-    Reasons: missing_field, not_ending_in_assistant, empty_content, identical_responses, margin_not_finite,
-    label_not_in_0_to_1, weight_not_0_or_more, overlength.
+    Reasons: missing_field, weight_not_0_or_more, overlength, and those of the objective's `encode`.
     """
-    if any(row[name] is None for name in ("id", "group", "prompt", "chosen", "rejected")):
-        return None, "missing_field"
-    sides = [split_side(row["prompt"], row[name]) for name in ("chosen", "rejected")]
-    if None in sides:
-        return None, "not_ending_in_assistant"
-    chosen, rejected = (side for side in sides if side is not None)
-    if not chosen[1].strip() or not rejected[1].strip():
-        return None, "empty_content"
-    if chosen == rejected:
-        return None, "identical_responses"
-    targets = {"margin": 0.0, "label": 1.0, "weight": 1.0}
-    for name in targets:
-        if getattr(training.objective, f"use_{name}"):
-            least, greatest, reason = _ALLOWED[name]
-            found = row.get(name)
-            if not isinstance(found, int | float) or not math.isfinite(found) or not least <= found <= greatest:
-                return None, reason
-            targets[name] = found
-    ids = [renderer.pair_ids(*side) for side in (chosen, rejected)]
+    objective = training.objective
+    if any(row[name] is None for name in ("id", "group", *objective.columns)):
+        return "missing_field"
+    weight = row.get("weight") if objective.use_weight else 1.0
+    if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        return "weight_not_0_or_more"
+    example = objective.encode(row, renderer)
+    if isinstance(example, str):
+        return example
     allowed = ("ok", "truncated") if training.on_overlength == "truncate_prompt_left" else ("ok",)
-    if any(side.status not in allowed for side in ids):
-        return None, "overlength"
+    if any(side.status not in allowed for side in example.sides):
+        return "overlength"
     pair = f"{row['src_lang']}-{row['tgt_lang']}" if row.get("src_lang") and row.get("tgt_lang") else row["lang"]
     return {
         "language": pair,
         "subset": row.get("subset") or "",
-        **targets,
-        "chosen": ids[0].ids,
-        "rejected": ids[1].ids,
-    }, ""
-
-
-def split_side(prompt: Sequence[Message], turns: Sequence[Message]) -> Pair | None:
-    """All turns but the last as the prompt, and the last one's text; None unless it is the assistant's."""
-    if not turns or turns[-1]["role"] != "assistant":
-        return None
-    return [*prompt, *turns[:-1]], turns[-1]["content"] or ""
+        "weight": weight,
+        "targets": example.targets,
+        "sides": [side.ids for side in example.sides],
+        "reads": [side.reads for side in example.sides],
+    }

@@ -1,0 +1,151 @@
+"""A reward model with its tokenizer, renderer and readout: prompts and completions in, rewards out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from rayrm import files
+from rayrm.batching import token_batches
+from rayrm.errors import CheckpointError
+from rayrm.models.readouts import Comparison, Encoded, LastToken, Readout, parse_readout
+from rayrm.models.rendering import Renderer, load_template
+from rayrm.models.reward_model import RewardModel, load_padding_tokenizer, padded_batch
+from rayrm.rows import Message
+
+log = logging.getLogger("rayrm")
+
+Pair = tuple[Sequence[Message], str]
+"""A prompt and the completion to be rewarded."""
+Reward = tuple[float | None, str]
+"""A reward and `ok` or `truncated`; or None and `overlength`, `empty` or `nan`."""
+Outputs = list[list[float]]
+"""What a model gave at each token that was read, [reads][outputs]."""
+
+
+class Rendering(NamedTuple):
+    """How a reward model's texts become token ids; null is what the checkpoint says."""
+
+    chat_template: str | None = None
+    """Name or path of a template, `none`, or null for the tokenizer's own."""
+    max_length: int | None = None
+    """Most tokens of a prompt with its completion."""
+
+    def renderer(self, tokenizer: Any, where: str) -> Renderer:
+        """The one renderer that training and scoring share."""
+        return Renderer(tokenizer, load_template(self.chat_template, tokenizer, where), self.max_length)
+
+
+class Rewarder:
+    """A loaded reward model of any kind."""
+
+    def __init__(self, model: RewardModel, renderer: Renderer, readout: Readout) -> None:
+        self.model = model
+        self.renderer = renderer
+        self.readout = readout
+
+    def rewards(self, pairs: Sequence[Pair], token_budget: int = 16384) -> list[Reward]:
+        """One reward for each pair, in order; `token_budget` bounds the padded tokens of a forward pass.
+
+        Raises CheckpointError for a model that compares two completions and rewards none.
+        """
+        readout = self.readout
+        if isinstance(readout, Comparison):
+            raise CheckpointError("This model compares two completions and gives a single one no reward; compare them.")
+        encoded = [readout.encode(self.renderer, *pair) for pair in pairs]
+        return [
+            (None, row.status) if found is None else _finite(readout.reward(found), row.status)
+            for row, found in zip(encoded, self.read(encoded, token_budget), strict=True)
+        ]
+
+    def compare(
+        self, questions: Sequence[tuple[Sequence[Message], str, str]], token_budget: int = 16384
+    ) -> list[Reward]:
+        """log p(first) − log p(second) for each (prompt, first, second), both orders averaged; its σ is p(first).
+
+        Null where either order has no room. Raises CheckpointError for a model that rewards single completions.
+        """
+        readout = self.readout
+        if not isinstance(readout, Comparison):
+            raise CheckpointError("This model rewards single completions and compares none; reward them.")
+        encoded = [side for question in questions for side in readout.encode_both(self.renderer, *question)]
+        outputs = self.read(encoded, token_budget)
+        found: list[Reward] = []
+        for index in range(0, len(encoded), 2):
+            first, second = outputs[index : index + 2]
+            if first is None or second is None:
+                found.append((None, encoded[index].status))
+            else:
+                found.append(_finite(readout.gap(first, second), encoded[index].status))
+        return found
+
+    def read(self, encoded: Sequence[Encoded], token_budget: int = 16384) -> list[Outputs | None]:
+        """The model's outputs for each row; None for a row without ids."""
+        found: list[Outputs | None] = [None] * len(encoded)
+        readable = [index for index, row in enumerate(encoded) if row.ids]
+        for batch in token_batches([len(encoded[i].ids) for i in readable], token_budget):
+            indices = [readable[i] for i in batch]
+            for index, outputs in zip(indices, self._read([encoded[i] for i in indices]), strict=True):
+                found[index] = outputs[: len(encoded[index].reads)]
+        return found
+
+    @torch.inference_mode()
+    def _read(self, rows: Sequence[Encoded]) -> list[Outputs]:
+        device = next(self.model.parameters()).device
+        pad_id = self.renderer.tokenizer.pad_token_id
+        outputs, _ = self.model(**padded_batch([row.ids for row in rows], [row.reads for row in rows], pad_id, device))
+        found: list[Outputs] = outputs.tolist()
+        return found
+
+
+def _finite(reward: float, status: str) -> Reward:
+    return (reward, status) if abs(reward) < float("inf") else (None, "nan")
+
+
+def load_rewarder(
+    path: str,
+    rendering: Rendering | None = None,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    readout: Readout | None = None,
+) -> Rewarder:
+    """The reward model at `path`, ready to reward texts.
+
+    A checkpoint with a completion mark is rendered and read as it was trained; `rendering` may repeat that, and serves
+    the checkpoints that have no mark, as does `readout` (null: the last token). `device` is the GPU when there is one; `dtype` is bf16 on a GPU and fp32 on a
+    CPU. Raises CheckpointError as `load_reward_model` does, and when `rendering` is not the checkpoint's own.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    rendering = rendering or Rendering()
+    mark = files.read_json(files.join(path, files.CHECKPOINT_MARK)) or {}
+    stored = mark.get("rendering")
+    readout = parse_readout(mark["readout"]) if "readout" in mark else readout or LastToken()
+    tokenizer = load_padding_tokenizer(path)
+    model = readout.load(path, tokenizer, dtype=dtype, attn_implementation=attn_implementation)
+    if stored is not None:
+        own = (rendering.chat_template or stored["chat_template"], rendering.max_length or stored["max_length"])
+        rendering = Rendering(*own)
+    if rendering.max_length is None:
+        rendering = rendering._replace(max_length=getattr(model.network.config, "max_position_embeddings", None))
+    renderer = rendering.renderer(tokenizer, path)
+    if stored is None:
+        log.warning("'%s' does not say how its texts were rendered; rendering them with %s", path, rendering)
+    else:
+        check_rendering(path, stored["fingerprint"], renderer.fingerprint())
+    return Rewarder(model.to(device), renderer, readout)
+
+
+def check_rendering(path: str, stored: dict[str, Any], found: dict[str, Any]) -> None:
+    """Raise CheckpointError, naming what differs, unless texts are rendered as the checkpoint was trained."""
+    names = sorted({*stored, *found})
+    differing = [f"{n}: {stored.get(n)!r} there, {found.get(n)!r} here" for n in names if stored.get(n) != found.get(n)]
+    if differing:
+        raise CheckpointError(
+            f"The reward model at '{path}' was trained on texts rendered in another way ({'; '.join(differing)}); its "
+            "rewards would mean nothing."
+        )
