@@ -92,12 +92,42 @@ def test_checkpoint_without_a_head_is_refused(policy):
         load_rewarder(policy)
 
 
-def test_head_of_another_name_is_refused_even_where_a_new_head_is_welcome(copy):
+def test_head_of_a_name_that_nobody_uses_is_refused_even_where_a_new_head_is_welcome(copy):
     weights = load_file(copy / "model.safetensors")
-    weights["v_head.summary.weight"] = weights.pop("score.weight")
+    weights["my_head.weight"] = weights.pop("score.weight")
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"it holds v_head.summary.weight"):
+    with pytest.raises(CheckpointError, match=r"it holds my_head.weight"):
         load_reward_model(str(copy), head_seed=0)
+
+
+def test_head_of_another_trainer_gives_its_rewards_and_its_constant_is_left_out_of_training(copy, reward_path):
+    expected = load_rewarder(reward_path).rewards([(PROMPT, "on the mat")])[0][0]
+    weights = load_file(copy / "model.safetensors")
+    head = {"v_head.summary.weight": weights.pop("score.weight"), "v_head.summary.bias": torch.tensor([0.5])}
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    save_file(head, copy / "value_head.safetensors", {"format": "pt"})
+    assert load_rewarder(str(copy)).rewards([(PROMPT, "on the mat")])[0][0] == pytest.approx(expected + 0.5, abs=1e-5)
+    trained = load_reward_model(str(copy), head_seed=7).network
+    assert trained.score.bias is None and torch.equal(trained.score.weight, head["v_head.summary.weight"])
+    with pytest.raises(CheckpointError, match="has 1 outputs; a reward model of this kind has 2"):
+        load_reward_model(str(copy), num_outputs=2)
+
+
+def test_files_of_a_hub_model_are_fetched_once_with_torch_files_only_where_there_are_no_others(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    from rayrm.models.folders import local_folder
+
+    asked = []
+
+    def fetch(path, allow_patterns):
+        asked.append("*.bin" in allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert local_folder("owner/name") == str(tmp_path) and asked == [False, True]
+    (tmp_path / "model.safetensors").touch()
+    assert local_folder("owner/name") == str(tmp_path) and asked == [False, True, False]
 
 
 def test_missing_weights_two_labels_and_broken_files_are_refused(copy, tmp_path):
@@ -106,12 +136,12 @@ def test_missing_weights_two_labels_and_broken_files_are_refused(copy, tmp_path)
     save_file(lacking, copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"lacks model.layers.1.mlp.up_proj.weight"):
         load_reward_model(str(copy), head_seed=0)
-    (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="does not load as a reward model"):
-        load_reward_model(str(copy))
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b"}}))
-    with pytest.raises(CheckpointError, match="has 2 labels; a reward model of this kind has 1"):
+    with pytest.raises(CheckpointError, match="has 2 outputs; a reward model of this kind has 1"):
+        load_reward_model(str(copy))
+    (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="does not load as a reward model"):
         load_reward_model(str(copy))
     with pytest.raises(CheckpointError, match="does not load as a reward model"):
         load_reward_model(str(tmp_path / "nowhere"))

@@ -72,6 +72,29 @@ def local_model(path: str) -> str:
     return str(folder)
 
 
+def local_folder(path: str) -> str:
+    """`local_model`, and for a hub id the folder of the hub's cache with its files, which are fetched once a machine.
+
+    Raises CheckpointError when there is no such model.
+    """
+    folder = local_model(path)
+    if os.path.isdir(folder) or not files.is_hub_id(path):
+        return folder
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
+    try:
+        found = snapshot_download(path, allow_patterns=wanted)
+        if not any(Path(found).glob("*.safetensors")):
+            found = snapshot_download(path, allow_patterns=[*wanted, "*.bin"])
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".:")
+        raise CheckpointError(
+            f"There is neither a folder '{path}' nor a model of that name on the hub that can be reached: {reason}."
+        ) from error
+    return str(found)
+
+
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer of the model at `path`. Raises CheckpointError when there is none."""
     from transformers import AutoTokenizer

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from rayrm.errors import CheckpointError
-from rayrm.models.folders import load_tokenizer, local_model
+from rayrm.models.folders import load_tokenizer, local_folder
+from rayrm.models.foreign import find_layout
 
 HEAD = "score"
 """Name of the head in the decoders of transformers; its only tensor is `score.weight` [outputs, hidden size]."""
@@ -42,7 +43,8 @@ class RewardHead(nn.Linear):
             # By way of `forward`, ZeRO-3 puts the weights together first.
             return self.weight.float().clone()
         with torch.autocast(input.device.type, enabled=False):
-            return nn.functional.linear(input.float(), self.weight.float())
+            bias = None if self.bias is None else self.bias.float()
+            return nn.functional.linear(input.float(), self.weight.float(), bias)
 
 
 class Penalties(NamedTuple):
@@ -118,29 +120,42 @@ def load_reward_model(
 ) -> RewardModel:
     """The reward model at `path`, a local folder or a hub id, in evaluation mode and without dropout.
 
-    With `head_seed`, a checkpoint without a head (a causal language model) gets a new one, drawn from
-    N(0, initializer_range²). Raises CheckpointError when nothing loads, when weights are missing or of another
-    shape, when a head is missing and there is no `head_seed`, and when a head has another name or another number of
-    outputs.
+    The head may be transformers' own or that of another trainer, see `find_layout`. With `head_seed`, which is for
+    training, a checkpoint without a head (a causal language model) gets a new one, drawn from N(0, initializer_range²),
+    and a head's constant, which plain transformers has no place for, is left out. Raises CheckpointError when nothing
+    loads, when weights are missing or of another shape, when a head is missing and there is no `head_seed`, and when a
+    head has a name that nobody uses or another number of outputs.
     """
     from transformers import AutoModelForSequenceClassification
 
+    layout = find_layout(local_folder(path))
+
     def prepare(config: Any) -> None:
         is_classifier = any("SequenceClassification" in name for name in config.architectures or [])
-        if is_classifier and config.num_labels != num_outputs:
+        found = layout.num_labels if layout else config.num_labels if is_classifier else num_outputs
+        if found != num_outputs:
             raise CheckpointError(
-                f"The classifier at '{path}' has {config.num_labels} labels; a reward model of this kind has {num_outputs}."
+                f"The head at '{path}' has {found} outputs; a reward model of this kind has {num_outputs}."
             )
         config.num_labels, config.problem_type = num_outputs, "regression"
 
-    network, loaded = _load(path, AutoModelForSequenceClassification, prepare, dtype, attn_implementation)
+    settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
+    if layout:
+        settings["key_mapping"] = layout.key_mapping
+    network, loaded = _load(path, AutoModelForSequenceClassification, prepare, settings)
     head = getattr(network, HEAD, None)
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise CheckpointError(f"{type(network).__name__} at '{path}' is no decoder with a linear head '{HEAD}'.")
+    if layout:
+        layout.after_loading(network, loaded)
     _check_loaded(path, loaded, may_lack_head=head_seed is not None)
     setattr(network, HEAD, _as_reward_head(head))
-    if loaded["missing_keys"] and head_seed is not None:
-        draw_head(network, head_seed)
+    if layout:
+        set_head(network, layout.head)
+        if layout.head_bias is not None and head_seed is None:
+            getattr(network, HEAD).bias = nn.Parameter(layout.head_bias)
+    elif loaded["missing_keys"] and head_seed is not None:
+        set_head(network, drawn_head(network, head_seed))
     return RewardModel(network).eval()
 
 
@@ -157,13 +172,14 @@ def load_comparing_model(
     """
     from transformers import AutoModelForCausalLM
 
-    network, loaded = _load(path, AutoModelForCausalLM, lambda config: None, dtype, attn_implementation)
+    settings = {"dtype": dtype, "attn_implementation": attn_implementation}
+    network, loaded = _load(path, AutoModelForCausalLM, lambda config: None, settings)
     _check_loaded(path, loaded, may_lack_head=False)
     return RewardModel(network, labels).eval()
 
 
 def _load(
-    path: str, model_class: Any, prepare: Callable[[Any], None], dtype: torch.dtype, attn_implementation: str | None
+    path: str, model_class: Any, prepare: Callable[[Any], None], settings: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoConfig
     from transformers.utils import logging
@@ -172,13 +188,11 @@ def _load(
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        folder = local_model(path)
+        folder = local_folder(path)
         config = AutoConfig.from_pretrained(folder)
         prepare(config)
         _turn_off_dropout(config)
-        network, loaded = model_class.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
-        )
+        network, loaded = model_class.from_pretrained(folder, config=config, output_loading_info=True, **settings)
     except CheckpointError:
         raise
     except Exception as error:
@@ -216,19 +230,24 @@ def _as_reward_head(linear: nn.Linear) -> RewardHead:
     return head
 
 
-def draw_head(network: Any, seed: int) -> None:
-    """Draw the head's weights from `seed`, the same ones at any ZeRO stage and on any number of processes."""
-    weight = network.score.weight
-    drawn = torch.empty((network.score.out_features, network.score.in_features))
+def drawn_head(network: Any, seed: int) -> torch.Tensor:
+    """Weights for the head, drawn from `seed`: the same ones at any ZeRO stage and on any number of processes."""
+    head = getattr(network, HEAD)
     std = getattr(network.config.get_text_config(), "initializer_range", 0.02)
-    drawn.normal_(0.0, std, generator=torch.Generator().manual_seed(seed))
+    drawn = torch.empty((head.out_features, head.in_features))
+    return drawn.normal_(0.0, std, generator=torch.Generator().manual_seed(seed))
+
+
+def set_head(network: Any, values: torch.Tensor) -> None:
+    """Put `values` [outputs, hidden size] into the head, at any ZeRO stage."""
+    weight = getattr(network, HEAD).weight
     if not hasattr(weight, "ds_id"):
-        weight.data.copy_(drawn)
+        weight.data.copy_(values)
         return
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
-        weight.data.copy_(drawn)
+        weight.data.copy_(values)
 
 
 def load_padding_tokenizer(path: str) -> Any:

@@ -1,0 +1,217 @@
+"""Reward models as other trainers save them: which layout a folder has, and where its head is.
+
+Transformers' `AutoModelForSequenceClassification` loads the decoder of each of them, but knows a head only by the name
+`score.weight`, and draws a random one where the head has another name. The heads are therefore read here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from rayrm.errors import CheckpointError
+
+PLAIN_HEAD = "score.weight"
+HEADS = {
+    "value_head.weight": "openrlhf",
+    "v_head.summary.weight": "trl_value_head",
+    "regression_head.weight": "ultrarm",
+    "regression_layer.weight": "armorm",
+}
+"""Layouts by the name of the head's tensor; a `trl_value_head` in a file of its own is `llama_factory`."""
+MODEL_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Files of a model's weights, in the order in which transformers looks for them."""
+VALUE_HEAD_FILES = ("value_head.safetensors", "value_head.bin")
+"""Files in which a value head stands apart from its model."""
+WRAPPERS = {r"^pretrained_model\.": "", r"^model\.(?=model\.|lm_head\.)": ""}
+"""What a trainer's wrapper puts before the names of the model inside it, for `key_mapping`."""
+
+
+class ForeignLayout(NamedTuple):
+    """What `AutoModelForSequenceClassification` needs beside the folder to be the reward model that it holds.
+
+    The reward is `head @ hidden + head_bias` at the last attended token. Set the config's `num_labels`, load with
+    `key_mapping` and `output_loading_info`, call `after_loading`, and put `head` into `score.weight`.
+    """
+
+    name: str
+    """A value of `HEADS`, or llama_factory."""
+    key_mapping: dict[str, str]
+    """Regular expression → replacement for the names of the decoder's tensors; empty where they need none."""
+    head: torch.Tensor
+    """Fp32 [outputs, hidden size]; one output, except for armorm, which has one for each objective."""
+    head_bias: torch.Tensor | None
+    """Fp32 [outputs]."""
+    gate: dict[str, torch.Tensor]
+    """Tensors of armorm's gate in fp32, by their names in the file; empty elsewhere."""
+    gate_temperature: float | None
+    """What armorm's gate divides its logits by."""
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of the head."""
+        return len(self.head)
+
+    def after_loading(self, network: Any, loaded: dict[str, Any]) -> None:
+        """Take what this layout holds out of `loaded`, transformers' loading info, so that only faults are left.
+
+        `network` forgets `key_mapping` too, which it would otherwise turn round when it is saved.
+        """
+        apart = {*HEADS, *(_bias_of(head) for head in HEADS), *self.gate}
+        loaded["missing_keys"] = set(loaded["missing_keys"]) - {PLAIN_HEAD}
+        loaded["unexpected_keys"] = set(loaded["unexpected_keys"]) - apart
+        # Transformers' own renaming for the model's type then takes its place.
+        network._weight_conversions = None
+
+
+def find_layout(folder: str) -> ForeignLayout | None:
+    """The layout of the checkpoint in the local `folder`; None where it has a plain `score.weight` or no known head.
+
+    Of the tensors, only those of the head and its gate are read whole. Raises CheckpointError for a PEFT adapter, for a
+    file that is broken or cut short, for two heads, and for a head or gate that lacks a tensor or has another shape
+    than its config asks for.
+    """
+    where = _tensor_files(Path(folder))
+    if (Path(folder) / "adapter_config.json").is_file() or any(".lora_A." in name for name in where):
+        raise CheckpointError(
+            f"'{folder}' holds a PEFT adapter, which is no whole model; merge it into its base model and load that."
+        )
+    heads = [name for name in (PLAIN_HEAD, *HEADS) if name in where]
+    if len(heads) > 1:
+        raise CheckpointError(f"'{folder}' holds several heads ({', '.join(heads)}); keep the one that gives rewards.")
+    if not heads or heads == [PLAIN_HEAD]:
+        return None
+    head, bias = heads[0], _bias_of(heads[0])
+    config = _load_config(folder)
+    gate_shapes = _gate_shapes(config) if HEADS[head] == "armorm" else {}
+    outputs = _num_objectives(config) if gate_shapes else 1
+    shapes = {head: (outputs, _hidden_size(config)), **gate_shapes} | ({bias: (outputs,)} if bias in where else {})
+    tensors = _read_tensors(folder, where, shapes)
+    return ForeignLayout(
+        name="llama_factory" if where[head].name in VALUE_HEAD_FILES else HEADS[head],
+        key_mapping={old: new for old, new in WRAPPERS.items() if any(re.search(old, name) for name in where)},
+        head=tensors[head],
+        head_bias=tensors.get(bias),
+        gate={name: tensors[name] for name in gate_shapes},
+        gate_temperature=float(getattr(config, "gating_temperature", 10)) if gate_shapes else None,
+    )
+
+
+def stored_mean_std(config: Any) -> tuple[float, float] | None:
+    """Mean and standard deviation of raw rewards that OpenRLHF leaves in a model's config, whatever its head is called.
+
+    OpenRLHF applies them only on request: (reward - mean) / std. None where either is no finite number or std is not
+    positive.
+    """
+    mean, std = (getattr(config, name, None) for name in ("mean", "std"))
+    if not isinstance(mean, int | float) or not isinstance(std, int | float):
+        return None
+    return (float(mean), float(std)) if math.isfinite(mean) and 0 < std < math.inf else None
+
+
+def _bias_of(head: str) -> str:
+    return head.removesuffix("weight") + "bias"
+
+
+def _load_config(folder: str) -> Any:
+    from transformers import AutoConfig
+
+    with _reading(Path(folder) / "config.json"):
+        return AutoConfig.from_pretrained(folder)
+
+
+def _hidden_size(config: Any) -> int:
+    size: int = config.get_text_config().hidden_size
+    return size
+
+
+def _num_objectives(config: Any) -> int:
+    return int(getattr(config, "num_objectives", 19))
+
+
+def _gate_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of ArmoRM's gate (arXiv:2406.12845): linear layers with ReLU between them, over the prompt's state."""
+    outputs, num_hidden = _num_objectives(config), int(getattr(config, "gating_n_hidden", 3))
+    widths = [_hidden_size(config), *[int(getattr(config, "gating_hidden_dim", 1024))] * num_hidden, outputs]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for index, (width, next_width) in enumerate(pairwise(widths)):
+        shapes[f"gating.layers.{index}.weight"] = (next_width, width)
+        shapes[f"gating.layers.{index}.bias"] = (next_width,)
+    return shapes | {"gating.logit_scale": (1,), "reward_transform_matrix": (outputs, outputs)}
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Names of the tensors of a checkpoint → the files they stand in; a value head apart goes before one inside."""
+    found: dict[str, Path] = {}
+    for names in (MODEL_FILES, VALUE_HEAD_FILES):
+        file = next((folder / name for name in names if (folder / name).is_file()), None)
+        if file is not None and file.suffix == ".json":
+            with _reading(file):
+                found |= {name: folder / shard for name, shard in json.loads(file.read_text())["weight_map"].items()}
+        elif file is not None:
+            with _reading(file), _tensors_of(file) as tensors:
+                found |= dict.fromkeys(tensors.keys(), file)
+    return found
+
+
+def _read_tensors(
+    folder: str, where: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, torch.Tensor]:
+    """The tensors named in `shapes`, in fp32. Raises CheckpointError where one is missing or has another shape."""
+    if missing := [name for name in shapes if name not in where]:
+        raise CheckpointError(f"The checkpoint in '{folder}' lacks {', '.join(missing[:3])}.")
+    read = {}
+    for name, shape in shapes.items():
+        with _reading(where[name]), _tensors_of(where[name]) as tensors:
+            read[name] = tensors.get_tensor(name).to(torch.float32, copy=True)
+        if read[name].shape != shape:
+            raise CheckpointError(
+                f"The tensor '{name}' in '{folder}' has shape {list(read[name].shape)}; the config asks for "
+                f"{list(shape)}."
+            )
+    return read
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
+        raise CheckpointError(
+            f"'{file.parent}' does not load as a reward model: its {file.name} cannot be read, as when it is cut short "
+            f"({reason})."
+        ) from error
+
+
+class _PickledTensors(dict[str, torch.Tensor]):
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return self[name]
+
+
+@contextmanager
+def _tensors_of(file: Path) -> Iterator[Any]:
+    """The tensors of a safetensors or torch file, each read only when asked for: `keys()` and `get_tensor(name)`."""
+    if file.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    else:
+        # Torch files from before the zip format cannot be mapped.
+        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        yield _PickledTensors(stored)
