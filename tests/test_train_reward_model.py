@@ -392,6 +392,43 @@ def test_low_rank_updates_are_merged_and_the_head_is_trained(data, tmp_path, alo
     assert [reward for reward, _ in rewarder.rewards(pairs)] == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_best_evaluation_gives_the_final_model(data, tmp_path, alone, monkeypatch):
+    from rayrm.models.rewarder import Rendering, load_rewarder
+    from rayrm.training.best import find_best
+
+    merits = iter([0.5, 0.75, 0.75, 0.25])
+    job = make_job(data, tmp_path / "run", eval_steps=2, best_by="accuracy_worst_language")
+    trainer = start(job)
+    evaluate, seen = trainer.evaluate, {}
+
+    def evaluate_as_told():
+        seen[trainer.step] = weights_of(trainer)
+        return evaluate() | {"eval_accuracy_worst_language": next(merits)}
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate_as_told)
+    trainer.train(show_progress=False)
+    facts = trainer.finish()
+    assert facts["steps"] == 8 and facts["best_step"] == 4
+    assert facts["metrics"]["eval_accuracy_worst_language"] == 0.75
+    assert_same_weights(load_file(tmp_path / "run/model/model.safetensors"), seen[4], 0.0)
+    assert [path.name for path in (tmp_path / "run/best").iterdir()] == ["step-4"]
+    assert start(job).best["step"] == find_best(job.output)["step"] == 4
+    rewarder = load_rewarder(f"{tmp_path}/run/model", Rendering(max_length=96))
+    row = facts["probe"][0]
+    pairs = [(row["prompt"], row[name][0]["content"]) for name in ("chosen", "rejected")]
+    assert [reward for reward, _ in rewarder.rewards(pairs)] == pytest.approx(np.ravel(row["outputs"]), abs=1e-5)
+
+
+def test_a_best_that_nothing_measures_is_named(data, tmp_path, alone):
+    from rayrm.training.best import read_merit
+
+    assert read_merit({"eval_loss": 2.0, "eval_accuracy": 0.5}, "loss") == -2.0
+    with pytest.raises(ConfigError, match="best_by is 'acuracy', which is no metric .* there are accuracy, loss"):
+        read_merit({"eval_loss": 2.0, "eval_accuracy": 0.5}, "acuracy")
+    with pytest.raises(ConfigError, match="nothing is held out"):
+        make_job(data, tmp_path, held_out_fraction=0.0, best_by="accuracy")
+
+
 # The whole job, on Ray.
 
 

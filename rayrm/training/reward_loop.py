@@ -21,6 +21,7 @@ from rayrm.errors import CheckpointError, ConfigError
 from rayrm.models.readouts import Readout, parse_readout
 from rayrm.models.reward_model import Penalties, num_experts, padded_batch
 from rayrm.training.batches import batch_of_step, micro_batches, steps_per_epoch
+from rayrm.training.best import find_best, keep_best, read_merit, read_weights
 from rayrm.training.curves import write_curves
 from rayrm.training.launch import deepspeed_config, prepare_worker, start_deepspeed
 from rayrm.training.memory import fitting_micro_batch, halved_when_out_of_memory
@@ -29,7 +30,7 @@ from rayrm.training.objectives.pairs import Odin
 from rayrm.training.probes import encode_probe
 from rayrm.training.rendered import make_renderer, read_rendered
 from rayrm.training.reward_model import RewardModelJob
-from rayrm.training.reward_saving import add_updates, export_reward_model
+from rayrm.training.reward_saving import add_updates, export_reward_model, gather_trained
 from rayrm.training.states import WORLD, last_state
 from rayrm.training.tracking import TRACKERS
 
@@ -73,6 +74,7 @@ class RewardTrainer:
         self.sums: dict[str, float] = {}
         """Sums over the rows of the steps since the last record, and their number as `rows`."""
         self.history: list[dict[str, float]] = []
+        self.best = find_best(job.output)
 
     def train(self, show_progress: bool) -> None:
         """Run the steps that are left; log, evaluate and save on the way."""
@@ -90,8 +92,10 @@ class RewardTrainer:
             if self.step % job.log_steps == 0 or is_last:
                 tracker.log(self.record(self.summary(time.monotonic() - began)), self.step)
             if self.rows.held_out and (self.step % job.training.eval_steps == 0 or is_last):
-                tracker.log(self.record(self.evaluate()), self.step)
+                metrics = self.evaluate()
+                tracker.log(self.record(metrics), self.step)
                 self.write_history()
+                self.keep_if_best(metrics)
             if self.step % job.save_steps == 0 and not is_last:
                 self.save()
             if bar is not None:
@@ -214,6 +218,20 @@ class RewardTrainer:
         lengths, languages, subsets = rows.side_lengths[:, held_out], rows.languages[held_out], rows.subsets[held_out]
         return self.objective.measure(Measured(arrays[0], arrays[1], arrays[2], lengths, languages, subsets))
 
+    def keep_if_best(self, metrics: dict[str, float]) -> None:
+        """Keep what is trained so far when its evaluation is the best one by the metric that was asked for."""
+        if self.training.best_by is None:
+            return
+        merit = read_merit(metrics, self.training.best_by)
+        if self.best is not None and merit <= self.best["merit"]:
+            return
+        mark = {"step": self.step, "merit": merit, "metrics": metrics, "probe": self.read_probe()}
+        state = gather_trained(self.engine.module.network, self.training.lora)
+        if self.rank == 0:
+            keep_best(self.job.output, mark, state)
+        dist.barrier()
+        self.best = find_best(self.job.output)
+
     def save(self) -> None:
         """Report the state of this step to Ray Train: every worker the files that it wrote."""
         from ray import train
@@ -237,14 +255,22 @@ class RewardTrainer:
         self.step, self.sums, self.history = progress["step"], progress["sums"], progress["history"]
 
     def finish(self) -> dict[str, Any]:
-        """Save the model whole and return the facts of the run."""
+        """Save the model whole, as it is or as it was at its best, and return the facts of the run."""
         self.write_history()
-        probe = self.read_probe()
-        export_reward_model(self.engine.module.network, self.training, self.renderer, self.readout, self.job.output)
         metrics: dict[str, float] = {}
         for record in self.history:
             metrics |= record
-        return {"steps": self.step, "metrics": metrics, "micro_batch_size": self.micro_batch_size, "probe": probe}
+        facts = {"steps": self.step, "metrics": metrics, "micro_batch_size": self.micro_batch_size}
+        if self.best is None:
+            facts["probe"] = self.read_probe()
+            state = gather_trained(self.engine.module.network, self.training.lora)
+        else:
+            facts |= {"best_step": self.best["step"], "probe": self.best["probe"]}
+            facts["metrics"] = metrics | self.best["metrics"]
+            state = read_weights(self.best["folder"]) if self.rank == 0 else {}
+        network = self.engine.module.network
+        export_reward_model(network, state, self.training, self.renderer, self.readout, self.job.output)
+        return facts
 
     @torch.no_grad()
     def read_probe(self) -> list[dict[str, Any]]:

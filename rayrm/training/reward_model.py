@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rayrm import cluster, files
 from rayrm.errors import RayRMError
@@ -30,8 +30,17 @@ class RewardTraining(Training):
     """What is learned from a row."""
     on_overlength: Literal["drop", "truncate_prompt_left", "error"] = "drop"
     """What becomes of a row with a longer side; a completion that is too long by itself always drops its row."""
+    best_by: str | None = None
+    """Metric of the held-out rows, such as accuracy, accuracy_worst_language or accuracy/de, whose best evaluation gives
+    the final model; null for the last step."""
     router_loss: float = Field(0.0, ge=0)
     """Weight of the load-balancing loss of a mixture of experts (arXiv 2101.03961), taken over each forward pass."""
+
+    @model_validator(mode="after")
+    def _best_of_something(self) -> RewardTraining:
+        if self.best_by is not None and not self.held_out_fraction:
+            raise ValueError(f"best_by is '{self.best_by}' and nothing is held out; set held_out_fraction too")
+        return self
 
 
 class RewardModelJob(TrainingJob):

@@ -33,12 +33,19 @@ def add_updates(network: Any, lora: LowRank, seed: int) -> Any:
     return view
 
 
-def export_reward_model(
-    network: Any, training: RewardTraining, renderer: Renderer, readout: Readout, output: str
-) -> None:
-    """Gather, save and verify `network` as `<output>/model`; LoRA updates are merged. All ranks call it."""
+def gather_trained(network: Any, lora: LowRank | None) -> dict[str, Any]:
+    """The tensors of `network` that training decides, whole and on the CPU, on rank 0; all ranks call it."""
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
-    state = gather_state(network, lambda name: training.lora is None or name in trained)
+    return gather_state(network, lambda name: lora is None or name in trained)
+
+
+def export_reward_model(
+    network: Any, state: dict[str, Any], training: RewardTraining, renderer: Renderer, readout: Readout, output: str
+) -> None:
+    """Save and verify `network` with the tensors of `state` as `<output>/model`; LoRA updates are merged.
+
+    All ranks call it, and `state` counts on rank 0.
+    """
     if dist.get_rank() == 0:
         if training.lora is not None:
             # What rank 0 loads alone must be whole.
