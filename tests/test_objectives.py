@@ -22,6 +22,7 @@ from rayrm.training.objectives.ratings import OutcomeReward, Regression
 from rayrm.training.objectives.steps import ProcessReward
 from rayrm.training.rendered import make_renderer, render_row
 from rayrm.training.reward_metrics import measure_ratings, measure_verdicts, rank
+from rayrm.training.reward_model import train_reward_model
 
 NAN = math.nan
 LN2, LN3, LN4 = math.log(2), math.log(3), math.log(4)
@@ -34,7 +35,7 @@ def tensor(*values):
 
 
 def test_every_tag_is_that_of_its_objective():
-    given = {"regression": {"ratings": ["helpful"]}}
+    given = {"regression": {"ratings": ["helpful"]}, "gated": {"objectives": ["helpful"], "ratings": "x"}}
     for tag, kind in OBJECTIVES.items():
         assert type(TypeAdapter(AnyObjective).validate_python({"type": tag, **given.get(tag, {})})) is kind
 
@@ -381,7 +382,7 @@ SETS = {
 
 
 def test_there_is_a_set_for_every_objective():
-    assert SETS.keys() == OBJECTIVES.keys()
+    assert {*SETS, "gated"} == OBJECTIVES.keys()
 
 
 @pytest.fixture
@@ -425,6 +426,114 @@ def test_every_objective_learns_and_is_read_again_as_it_was(job, alone):
         assert good[1] == bad[1] == "ok" and good[0] > bad[0]
         with pytest.raises(CheckpointError, match="compares none"):
             rewarder.compare([(prompt, "good one", "bad one")])
+
+
+# The gate.
+
+
+def gated_rows(rng, num):
+    """Completions rated for politeness and brevity, and pairs where the prompt says which of the two counts."""
+    ratings, pairs = [], []
+    for index in range(num):
+        row = base.preference(index, rng)
+        kind = ["one", "two"][index % 2]
+        row |= {"prompt": base.message(f"{kind} {kind}", "user"), "group": f"g{index}", "subset": kind}
+        plain = {k: v for k, v in row.items() if k not in ("chosen", "rejected")}
+        texts = {sign: " ".join([["bad", "good"][sign > 0]] * 2) for sign in (1, -1)}
+        sign = rng.choice([1, -1])
+        found = {"polite": float(sign), "rude": -float(sign)}
+        ratings.append(plain | {"completion": base.message(texts[sign]), "ratings": found})
+        chosen = 1 if kind == "one" else -1
+        pairs.append(row | {"chosen": base.message(texts[chosen]), "rejected": base.message(texts[-chosen])})
+    return ratings, pairs
+
+
+@pytest.fixture(scope="module")
+def gated(data, tmp_path_factory):
+    """A job whose right answer needs a gate: no constant weights of the two objectives are right for both prompts."""
+    folder = tmp_path_factory.mktemp("gated")
+    for name, rows in zip(("ratings", "pairs"), gated_rows(random.Random(0), 240), strict=True):
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+    fit = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_steps": 300,
+        "batch_size": 128,
+        "temperature": 1.0,
+        "lr": 1e-2,
+    }
+    objective = {"type": "gated", "objectives": ["polite", "rude"], "ratings": f"{folder}/ratings.parquet", "fit": fit}
+    job = base.make_job(data, folder / "run", objective=objective, micro_batch_size=64, workers=2)
+    return job.model_copy(update={"input": f"{folder}/pairs.parquet"})
+
+
+@pytest.mark.ray
+def test_a_gate_weighs_objectives_by_the_prompt_and_is_read_again_as_it_was(gated, ray_cluster):
+    from transformers import AutoModelForSequenceClassification
+
+    done = train_reward_model(gated)
+    assert (
+        done["metrics"]["eval_accuracy"] > 0.95
+        and min(done["metrics"][f"eval_accuracy/subset/{k}"] for k in ("one", "two")) > 0.9
+    )
+    assert done["transform"] == [[1.0, 0.0], [0.0, 1.0]] and done["heads"]["polite"]["mse"] < 0.1
+    path = f"{gated.output}/model"
+    rewarder = load_rewarder(path)
+    prompts = {kind: base.message(f"{kind} {kind}", "user") for kind in ("one", "two")}
+    encoded = [rewarder.readout.encode(rewarder.renderer, prompts[kind], "good good") for kind in prompts]
+    plain = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
+    for kind, side, outputs in zip(prompts, encoded, rewarder.read(encoded), strict=True):
+        reward, *others = outputs[0]
+        scores, weights = others[:2], others[2:]
+        assert rewarder.renderer.tokenizer.decode(side.ids[: side.reads[0] + 1]).endswith(f"{kind} {kind}<|im_end|>")
+        assert reward == pytest.approx(sum(w * s for w, s in zip(weights, scores, strict=True)), abs=1e-5)
+        assert (weights[0] > weights[1]) == (kind == "one")
+        with torch.no_grad():
+            assert plain(torch.tensor([side.ids])).logits[0].tolist() == pytest.approx(scores, abs=1e-4)
+        found = rewarder.rewards([(prompts[kind], "good good")])
+        assert found == [(pytest.approx(reward, abs=1e-5), "ok")]
+    for row in done["probe"]:
+        sides = [
+            rewarder.readout.encode(rewarder.renderer, row["prompt"], row[n][0]["content"])
+            for n in ("chosen", "rejected")
+        ]
+        np.testing.assert_allclose(np.ravel(rewarder.read(sides)), np.ravel(row["outputs"]), atol=1e-4)
+
+
+@pytest.mark.ray
+def test_embeddings_that_are_there_are_not_computed_again(gated, ray_cluster, tmp_path, monkeypatch, process_group):
+    from rayrm.training import gate_loop
+
+    monkeypatch.setattr(gate_loop, "SHARD_ROWS", 100)
+    job = gated.model_copy(update={"output": f"{tmp_path}/run"})
+    base.render_here(job)
+    with monkeypatch.context() as patch:
+        patch.setattr("rayrm.training.rendered.fetch", lambda results, what: list(results))
+        patch.setattr(
+            "ray.remote", lambda **options: lambda function: type("Task", (), {"remote": staticmethod(function)})
+        )
+        gate_loop.render_ratings(job)
+    trainer = gate_loop.GateTrainer(job, 64)
+    computed, embed_rows = [], trainer.embed_rows
+
+    def count(rows, numbers):
+        computed.append(numbers)
+        if len(computed) == 3:
+            raise RuntimeError("killed")
+        return embed_rows(rows, numbers)
+
+    monkeypatch.setattr(trainer, "embed_rows", count)
+    with pytest.raises(RuntimeError, match="killed"):
+        trainer.embed(show_progress=False)
+    assert len(list(tmp_path.glob("run/embeddings/*.npy"))) == 2
+    trainer.embed(show_progress=False)
+    assert computed == [
+        range(0, 100),
+        range(100, 200),
+        range(200, 240),
+        range(200, 240),
+        *[range(0, 100), range(100, 200), range(200, 240)],
+    ]
 
 
 def test_readouts_read_one_number_as_the_reward():

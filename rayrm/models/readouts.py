@@ -136,6 +136,42 @@ class Steps(_Decoder):
         ]
 
 
+class Gated(_Decoder):
+    """The scores of several objectives at the last token, weighed by a gate that reads the end of the prompt."""
+
+    type: Literal["gated"] = "gated"
+    """Tag of the readout."""
+    names: tuple[str, ...]
+    """Names of the objectives, in the order of the scores."""
+
+    @property
+    def num_outputs(self) -> int:
+        """The reward, the scores and their weights."""
+        return 1 + 2 * len(self.names)
+
+    def load(self, path: str, tokenizer: Any, *, head_seed: int | None = None, **settings: Any) -> RewardModel:
+        """`load_gated_model`; there is no head to draw."""
+        from rayrm.models.reward_model import load_gated_model
+
+        return load_gated_model(path, self.names, **settings)
+
+    def encode(self, renderer: Renderer, prompt: Sequence[Message], completion: str) -> Encoded:
+        """A prompt with a completion, read at the end of the prompt's last turn and of the assistant's."""
+        if not completion.strip():
+            return Encoded([], [], "empty")
+        rendered = renderer.pair_ids(prompt, completion)
+        end = max(0, rendered.num_prompt - 1 - renderer.header_length(prompt))
+        return Encoded(rendered.ids, [end, len(rendered.ids) - 1], rendered.status)
+
+    def ratings(self, outputs: Outputs) -> dict[str, float]:
+        """The score of each objective by its name."""
+        return dict(zip(self.names, outputs[0][1:], strict=False))
+
+    def reward(self, outputs: Outputs) -> float:
+        """The reward of a completion."""
+        return outputs[0][0]
+
+
 class Comparison(Config):
     """Two completions in one prompt; what is read is log p of the word for each, as the answer's first token."""
 
@@ -207,7 +243,7 @@ def sigmoid(value: float) -> float:
     return (1 + math.tanh(value / 2)) / 2
 
 
-Readout = LastToken | Ratings | Steps | Comparison
+Readout = LastToken | Ratings | Steps | Gated | Comparison
 """How any reward model is read, told apart by `type`."""
 _ADAPTER: TypeAdapter[Readout] = TypeAdapter(Annotated[Readout, Field(discriminator="type")])
 

@@ -75,6 +75,11 @@ class Renderer:
         """The prompt's turns, without the header of an answer."""
         return self.prompt_text(prompt) if self.template is None else self._apply(list(prompt), False)
 
+    def header_length(self, prompt: Sequence[Message]) -> int:
+        """Tokens of the answer's header: those of the prompt behind the token that ends its last turn."""
+        head, turns = self.prompt_ids(prompt), self.encode(self.turn_text(prompt).rstrip())
+        return len(head) - len(turns) if head[: len(turns)] == turns else 0
+
     def completion_text(self, prompt: Sequence[Message], completion: str) -> str:
         """What stands behind `prompt_text` in a whole conversation, end token included.
 

@@ -19,6 +19,7 @@ from torch import nn
 from rayrm.errors import CheckpointError
 from rayrm.models.folders import load_tokenizer, local_folder
 from rayrm.models.foreign import find_layout
+from rayrm.models.gating import GatedHead, load_gate
 
 HEAD = "score"
 """Name of the head in the decoders of transformers; its only tensor is `score.weight` [outputs, hidden size]."""
@@ -57,12 +58,17 @@ class Penalties(NamedTuple):
 
 
 class RewardModel(nn.Module):
-    """`network` read by its `RewardHead`, or, with `labels`, by the log-probabilities of two tokens."""
+    """`network` read by its `RewardHead`, or, with `labels`, by the log-probabilities of two tokens.
 
-    def __init__(self, network: Any, labels: tuple[int, int] | None = None) -> None:
+    With a `gate`, each row of `reads` is the end of a prompt and that of its completion, and the outputs [rows, 1, …]
+    are the reward, the scores of all objectives and the gate's weights of them.
+    """
+
+    def __init__(self, network: Any, labels: tuple[int, int] | None = None, gate: GatedHead | None = None) -> None:
         super().__init__()
         self.network = network
         self.labels = labels
+        self.gate = gate
         self.penalties = Penalties()
 
     def forward(self, input_ids: torch.Tensor, reads: torch.Tensor, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,6 +89,9 @@ class RewardModel(nn.Module):
         if self.penalties.overlap and self.training:
             first, second = getattr(self.network, HEAD)(None)[:2]
             penalty = penalty + self.penalties.overlap * nn.functional.cosine_similarity(first, second, dim=0).abs()
+        if self.gate is not None:
+            rewards, scores, weights = self.gate(getattr(self.network, HEAD)(hidden[:, 1:]), hidden[:, :1])
+            return torch.cat([rewards[..., None], scores, weights], dim=-1), penalty
         if self.labels is None:
             return getattr(self.network, HEAD)(hidden), penalty
         return _label_logits(self.network, hidden).log_softmax(-1)[..., list(self.labels)], penalty
@@ -115,6 +124,7 @@ def load_reward_model(
     *,
     num_outputs: int = 1,
     head_seed: int | None = None,
+    keeps_head: bool = True,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
 ) -> RewardModel:
@@ -122,7 +132,8 @@ def load_reward_model(
 
     The head may be transformers' own or that of another trainer, see `find_layout`. With `head_seed`, which is for
     training, a checkpoint without a head (a causal language model) gets a new one, drawn from N(0, initializer_range²),
-    and a head's constant, which plain transformers has no place for, is left out. Raises CheckpointError when nothing
+    and a head's constant, which plain transformers has no place for, is left out; without `keeps_head` any head is
+    replaced by a new one. Raises CheckpointError when nothing
     loads, when weights are missing or of another shape, when a head is missing and there is no `head_seed`, and when a
     head has a name that nobody uses or another number of outputs.
     """
@@ -133,13 +144,14 @@ def load_reward_model(
     def prepare(config: Any) -> None:
         is_classifier = any("SequenceClassification" in name for name in config.architectures or [])
         found = layout.num_labels if layout else config.num_labels if is_classifier else num_outputs
-        if found != num_outputs:
+        if found != num_outputs and keeps_head:
             raise CheckpointError(
                 f"The head at '{path}' has {found} outputs; a reward model of this kind has {num_outputs}."
             )
         config.num_labels, config.problem_type = num_outputs, "regression"
 
     settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
+    settings["ignore_mismatched_sizes"] = not keeps_head
     if layout:
         settings["key_mapping"] = layout.key_mapping
     network, loaded = _load(path, AutoModelForSequenceClassification, prepare, settings)
@@ -148,15 +160,34 @@ def load_reward_model(
         raise CheckpointError(f"{type(network).__name__} at '{path}' is no decoder with a linear head '{HEAD}'.")
     if layout:
         layout.after_loading(network, loaded)
+    if not keeps_head:
+        loaded["mismatched_keys"] = {key for key in loaded["mismatched_keys"] if key[0] != f"{HEAD}.weight"}
+        loaded["missing_keys"] = {*loaded["missing_keys"], f"{HEAD}.weight"}
     _check_loaded(path, loaded, may_lack_head=head_seed is not None)
     setattr(network, HEAD, _as_reward_head(head))
-    if layout:
+    if layout and keeps_head:
         set_head(network, layout.head)
         if layout.head_bias is not None and head_seed is None:
             getattr(network, HEAD).bias = nn.Parameter(layout.head_bias)
     elif loaded["missing_keys"] and head_seed is not None:
         set_head(network, drawn_head(network, head_seed))
     return RewardModel(network).eval()
+
+
+def load_gated_model(path: str, objectives: Sequence[str], **settings: Any) -> RewardModel:
+    """The reward model at `path` with its gate, as training here or ArmoRM's saves them, in evaluation mode.
+
+    `settings` are those of `load_reward_model`. Raises CheckpointError as it does, and when there is no gate.
+    """
+    folder = local_folder(path)
+    layout = find_layout(folder)
+    if layout is not None and layout.gate_temperature is not None:
+        gate = GatedHead.from_tensors(layout.gate, objectives, layout.gate_temperature, f"'{path}'")
+    else:
+        gate = load_gate(folder)
+    model = load_reward_model(path, num_outputs=len(objectives), **settings)
+    model.gate = gate
+    return model
 
 
 def load_comparing_model(

@@ -95,15 +95,15 @@ def _padded(column: pa.ChunkedArray) -> NDArray[np.float32]:
     return found
 
 
-def render_rows(path: str, output: str, training: RewardTraining) -> dict[str, Any]:
-    """Render the rows at `path` to `<output>/rendered.parquet`, unless they are there, in parallel.
+def render_rows(path: str, output: str, training: RewardTraining, name: str = RENDERED) -> dict[str, Any]:
+    """Render the rows at `path` to `<output>/<name>`, unless they are there, in parallel.
 
     Returns `counts` (read, written, train, held_out, and dropped by reason), `probe`, up to 16 rows that were kept,
     held-out ones if there are any, the renderer's `fingerprint`, and the `readout` of the model that will be trained.
     Raises SchemaError when nothing is left to train on, or when a row is too long and `on_overlength` is `error`, and
     ConfigError when a held-out share holds out nothing.
     """
-    target = files.join(output, RENDERED)
+    target = files.join(output, name)
     if not files.exists(target):
         cluster.connect()
         import ray
@@ -125,9 +125,9 @@ def render_rows(path: str, output: str, training: RewardTraining) -> dict[str, A
     return found
 
 
-def read_rendered(output: str, num_sides: int) -> tuple[RenderedRows, dict[str, Any]]:
+def read_rendered(output: str, num_sides: int, name: str = RENDERED) -> tuple[RenderedRows, dict[str, Any]]:
     """What `render_rows` wrote, and returned."""
-    fs, inner = files.filesystem(files.join(output, RENDERED))
+    fs, inner = files.filesystem(files.join(output, name))
     with fs.open(inner, "rb") as handle:
         table = pq.read_table(handle)
     return RenderedRows(table, num_sides), json.loads(table.schema.metadata[b"rayrm"])

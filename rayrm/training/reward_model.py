@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -14,6 +15,8 @@ from rayrm.runs import abandon_run, finish_run, start_run
 from rayrm.shards import read_schemas
 from rayrm.training.launch import MARK, MODEL, launch
 from rayrm.training.objectives import AnyObjective
+from rayrm.training.objectives.base import Objective
+from rayrm.training.objectives.gated import GatedRatings
 from rayrm.training.objectives.pairs import BradleyTerry
 from rayrm.training.settings import Training, TrainingJob
 from rayrm.training.tracking import check_tracker
@@ -74,26 +77,46 @@ def _check_job(config: RewardModelJob) -> None:
 
     check_tracker(config.report_to)
     objective = config.training.objective
-    objective.rows.check_files(config.input)
-    for name, schema in read_schemas(config.input):
-        objective.check_schema(schema, f"'{name}'")
+    _check_rows(config.input, objective)
+    if isinstance(objective, GatedRatings):
+        for path in (objective.ratings, objective.reference):
+            if path is not None:
+                _check_rows(path, objective.on_ratings)
     check_model(config.training.model)
     check_renderer(config.training)
+
+
+def _check_rows(path: str, objective: Objective) -> None:
+    objective.rows.check_files(path)
+    for name, schema in read_schemas(path):
+        objective.check_schema(schema, f"'{name}'")
+
+
+def _find_loop(config: RewardModelJob) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """The loop of the objective, after rendering what it reads beside the input."""
+    if isinstance(config.training.objective, GatedRatings):
+        from rayrm.training import gate_loop
+
+        gate_loop.render_ratings(config)
+        return gate_loop.train_loop
+    from rayrm.training import reward_loop
+
+    return reward_loop.train_loop
 
 
 def _train(config: RewardModelJob, what: str) -> dict[str, Any]:
     from rayrm.training.probes import check_saved
     from rayrm.training.rendered import render_rows
-    from rayrm.training.reward_loop import train_loop
 
     try:
         rendered = render_rows(config.input, config.output, config.training)
+        loop = _find_loop(config)
     except RayRMError:
         # What must change is part of what the output was claimed for.
         abandon_run(config)
         raise
     given = {"job": config.model_dump(), "show_progress": sys.stderr.isatty()}
-    facts = launch(train_loop, given, config.output, config.workers, what)
+    facts = launch(loop, given, config.output, config.workers, what)
     training = config.training
     mark = {
         "objective": training.objective.model_dump(),

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from rayrm.training.objectives.comparison import PairwiseComparison
+from rayrm.training.objectives.gated import GatedRatings
 from rayrm.training.objectives.pairs import BradleyTerry, Odin
 from rayrm.training.objectives.ratings import OutcomeReward, Regression
 from rayrm.training.objectives.steps import ProcessReward
@@ -17,10 +18,12 @@ OBJECTIVES = {
     "regression": Regression,
     "outcome": OutcomeReward,
     "process": ProcessReward,
+    "gated": GatedRatings,
     "comparison": PairwiseComparison,
 }
 """Tag to objective."""
 AnyObjective = Annotated[
-    BradleyTerry | Odin | Regression | OutcomeReward | ProcessReward | PairwiseComparison, Field(discriminator="type")
+    BradleyTerry | Odin | Regression | OutcomeReward | ProcessReward | GatedRatings | PairwiseComparison,
+    Field(discriminator="type"),
 ]
 """The config of any objective."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from rayrm.models.readouts import LastToken, Ratings, Readout
+from rayrm.models.readouts import Gated, LastToken, Ratings, Readout
 from rayrm.rows import Preference
 from rayrm.training.objectives.base import Example, Floats, Measured, Objective, check_pair
 from rayrm.training.reward_metrics import MeasuredPairs, measure_pairs
@@ -44,6 +44,11 @@ class BradleyTerry(Objective):
         """One reward at the last token."""
         return LastToken()
 
+    @property
+    def reading(self) -> LastToken | Gated:
+        """Where each side is read."""
+        return LastToken()
+
     def encode(self, row: Mapping[str, Any], renderer: Renderer) -> Example | str:
         """The chosen and the rejected side; targets are margin and label.
 
@@ -59,7 +64,7 @@ class BradleyTerry(Objective):
                 if not isinstance(found, int | float) or not math.isfinite(found) or not least <= found <= greatest:
                     return reason
                 targets[name] = found
-        return Example([LastToken().encode(renderer, *side) for side in sides], list(targets.values()))
+        return Example([self.reading.encode(renderer, *side) for side in sides], list(targets.values()))
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of σ(gap) with the smoothed label p: −p log σ(gap) − (1 − p) log σ(−gap); finite for any gap."""
