@@ -1,6 +1,6 @@
 """Turn parallel text into Prompt rows: direct translation, or between two languages with an English anchor.
 
-Reads parquet, JSONL or a hub dataset. Prints how many rows each language pair has, and stores it as `languages` in
+Reads parquet, JSONL, CSV or a hub dataset. Prints how many rows each language pair has, and stores it as `languages` in
 `run.json`.
 """
 
@@ -32,7 +32,7 @@ class PreparePrompts(Config):
     """Prompts from parallel text."""
 
     input: str = Field(json_schema_extra=INPUT)  # type: ignore[arg-type]
-    """A parquet or JSONL file or a folder of them (any fsspec path), or the hub id of a dataset."""
+    """A parquet, JSONL or CSV file or a folder of them (any fsspec path), or the hub id of a dataset."""
     split: str | None = None
     """Split of a hub dataset; left out, `train`."""
     output: str = Field(json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]

@@ -135,6 +135,8 @@ def _with_absolute_paths(config: ConfigT) -> ConfigT:
         value = getattr(config, name)
         if isinstance(value, Config):
             update[name] = _with_absolute_paths(value)
+        elif isinstance(value, list) and value and isinstance(value[0], Config):
+            update[name] = [_with_absolute_paths(part) for part in value]
         elif name == "output" or is_input(field, value):
             update[name] = _absolute(value, must_exist=name != "output")
     return config.model_copy(update=update)
@@ -217,7 +219,11 @@ def _describe_fields(cls: type[BaseModel], prefix: str) -> list[str]:
     for name, field in cls.model_fields.items():
         nested = [t for t in _members(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
         text = " ".join((field.description or "").split())
-        if nested and not _is_container(field.annotation):
+        items = [t for t in typing.get_args(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
+        if items and _is_container(field.annotation):
+            lines += [f"  {prefix}{name}: list  {text}", *_describe_fields(items[0], f"{prefix}{name}[].")]
+            continue
+        if nested:
             for variant in nested:
                 tag = f" (type={_tag(variant)})" if len(nested) > 1 else ""
                 about = text or " ".join((variant.__doc__ or "").split())

@@ -24,7 +24,7 @@ from rayrm.config import NOT_IDENTITY, Config, identity, is_input
 from rayrm.counts import FOOTER, check_failures, count_rows, describe_counts, read_counts
 from rayrm.errors import ConfigError, EvaluationError, OutputExistsError
 from rayrm.rows import HIDDEN, RowType, drop_nulls
-from rayrm.shards import Shard, list_shards, read_shard
+from rayrm.shards import SUFFIXES, Shard, list_shards, read_shard
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -39,7 +39,7 @@ class RowsJob(Config):
     """What every job from rows to rows is told."""
 
     input: str = Field(json_schema_extra=INPUT)  # type: ignore[arg-type]
-    """Folder of a finished run, or a parquet or JSONL file or folder with the same columns (any fsspec path)."""
+    """Folder of a finished run, or a parquet, JSONL or CSV file or folder with the same columns (any fsspec path)."""
     output: str = Field(json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
     """Folder for the rows and their `run.json`; never the input."""
     shard_rows: int = Field(512, ge=1)
@@ -53,6 +53,9 @@ def input_paths(config: BaseModel) -> dict[str, str]:
         value = getattr(config, name)
         if isinstance(value, BaseModel):
             found.update({f"{name}.{inner}": path for inner, path in input_paths(value).items()})
+        elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
+            for index, part in enumerate(value):
+                found.update({f"{name}.{index}.{inner}": path for inner, path in input_paths(part).items()})
         elif is_input(field, value):
             several = dict(enumerate(value)) if isinstance(value, list) else value
             paths = {f"{name}.{k}": v for k, v in several.items()} if isinstance(several, dict) else {name: value}
@@ -103,7 +106,7 @@ def _holds(folder: str, path: str) -> bool:
 def _check_empty(output: str) -> None:
     """A folder with rows that no run has begun would pass them off as its own."""
     fs, inner = files.filesystem(output)
-    foreign = [name for name in fs.find(inner) if name.endswith((".parquet", ".jsonl"))] if fs.isdir(inner) else []
+    foreign = [name for name in fs.find(inner) if name.endswith(SUFFIXES)] if fs.isdir(inner) else []
     if foreign:
         raise OutputExistsError(f"'{output}' holds '{foreign[0]}', and no run that wrote it; choose another output.")
 

@@ -1,4 +1,7 @@
-"""Rows on disk: parquet and JSONL files cut into shards by position, so that the same input gives the same shards."""
+"""Rows on disk: parquet, JSONL and CSV files cut into shards by position: the same input gives the same shards.
+
+A CSV file has a header line, and all of its columns are text; a cell with nothing in it, not even quotes, is null.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,17 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.csv as pv
 import pyarrow.json as pj
 import pyarrow.parquet as pq
 
 from rayrm import files
 from rayrm.errors import ConfigError, SchemaError
+
+SUFFIXES = (".parquet", ".jsonl", ".csv")
+"""How the names of files of rows end."""
+BLOCK_BYTES = 1 << 26
+"""Bytes parsed at a time; no row of a JSONL or CSV file may be longer."""
 
 
 class Shard(NamedTuple):
@@ -28,14 +37,14 @@ class Shard(NamedTuple):
 
 
 def list_files(path: str) -> list[str]:
-    """The parquet and JSONL files at `path`, sorted by name. Raises ConfigError when there are none."""
+    """The parquet, JSONL and CSV files at `path`, sorted by name. Raises ConfigError when there are none."""
     fs, inner = files.filesystem(path)
     if not fs.exists(inner):
-        raise ConfigError(f"There is nothing at '{path}'; give a parquet or JSONL file, or a folder of them.")
+        raise ConfigError(f"There is nothing at '{path}'; give a parquet, JSONL or CSV file, or a folder of them.")
     names = sorted(fs.find(inner)) if fs.isdir(inner) else [inner]
-    found = [name for name in names if name.endswith((".parquet", ".jsonl")) and "/." not in name[len(inner) :]]
+    found = [name for name in names if name.endswith(SUFFIXES) and "/." not in name[len(inner) :]]
     if not found:
-        raise ConfigError(f"'{path}' holds no .parquet or .jsonl file.")
+        raise ConfigError(f"'{path}' holds no .parquet or .jsonl file, and no .csv file.")
     return [fs.unstrip_protocol(name) if "file" not in fs.protocol else name for name in found]
 
 
@@ -54,8 +63,8 @@ def read_shard(shard: Shard, limit: int | None = None) -> pa.Table:
     Holds no more of a parquet file than the shard, however long its row groups are.
     """
     stop = shard.stop if limit is None else min(shard.stop, shard.start + limit)
-    if shard.path.endswith(".jsonl"):
-        return _read_jsonl(shard.path).slice(shard.start, stop - shard.start)
+    if _is_text(shard.path):
+        return _read_text(shard.path).slice(shard.start, stop - shard.start)
     with _open(shard.path) as handle:
         return _read(shard.path, lambda: _read_slice(pq.ParquetFile(handle), shard.start, stop))
 
@@ -84,8 +93,8 @@ def _read_slice(file: pq.ParquetFile, start: int, stop: int) -> pa.Table:
 def read_schemas(path: str) -> Iterator[tuple[str, pa.Schema]]:
     """Every file at `path` that has rows, with its schema. Raises SchemaError for a file that cannot be read."""
     for name in list_files(path):
-        if name.endswith(".jsonl"):
-            table = _read_jsonl(name)
+        if _is_text(name):
+            table = _read_text(name)
             num_rows, schema = table.num_rows, table.schema
         else:
             metadata = _metadata(name)
@@ -105,11 +114,11 @@ def read_table(path: str, columns: list[str] | None = None) -> pa.Table:
 def iter_tables(path: str, columns: list[str] | None = None, num_rows: int = 1 << 16) -> Iterator[pa.Table]:
     """All rows at `path` in file order, at most `num_rows` a table; `columns` selects those that are there.
 
-    A JSONL file comes as one table. Raises SchemaError for a file that cannot be read.
+    A JSONL or CSV file comes as one table. Raises SchemaError for a file that cannot be read.
     """
     for name in list_files(path):
-        if name.endswith(".jsonl"):
-            table = _read_jsonl(name)
+        if _is_text(name):
+            table = _read_text(name)
             yield table if columns is None else table.select([c for c in columns if c in table.column_names])
             continue
         with _open(name) as handle:
@@ -121,7 +130,7 @@ def iter_tables(path: str, columns: list[str] | None = None, num_rows: int = 1 <
 
 
 def _count(name: str) -> int:
-    return int(_read_jsonl(name).num_rows if name.endswith(".jsonl") else _metadata(name).num_rows)
+    return int(_read_text(name).num_rows if _is_text(name) else _metadata(name).num_rows)
 
 
 def _metadata(name: str) -> pq.FileMetaData:
@@ -129,16 +138,42 @@ def _metadata(name: str) -> pq.FileMetaData:
         return _read(name, lambda: pq.read_metadata(handle))
 
 
-def _read_jsonl(name: str) -> pa.Table:
+def _is_text(name: str) -> bool:
+    return not name.endswith(".parquet")
+
+
+def _read_text(name: str) -> pa.Table:
     fs, inner = files.filesystem(name)
-    # The types of a column hang on the whole file, so every shard of it needs all of it parsed.
-    return _parse_jsonl(name, str(fs.ukey(inner))) if fs.size(inner) else pa.table({})
+    # The types of a JSONL column hang on the whole file, and so do the line ends between quotes of a CSV file: every
+    # shard needs all of it parsed.
+    return _parse_text(name, str(fs.ukey(inner))) if fs.size(inner) else pa.table({})
 
 
 @lru_cache(maxsize=1)
-def _parse_jsonl(name: str, version: str) -> pa.Table:
+def _parse_text(name: str, version: str) -> pa.Table:
+    parse = _parse_csv if name.endswith(".csv") else _parse_jsonl
     with _open(name) as handle:
-        return _read(name, lambda: pj.read_json(handle, pj.ReadOptions(block_size=1 << 26)))
+        return _read(name, lambda: parse(handle, name))
+
+
+def _parse_jsonl(handle: Any, name: str) -> pa.Table:
+    return pj.read_json(handle, pj.ReadOptions(block_size=BLOCK_BYTES))
+
+
+def _parse_csv(handle: Any, name: str) -> pa.Table:
+    reading, parsing = pv.ReadOptions(block_size=BLOCK_BYTES), pv.ParseOptions(newlines_in_values=True)
+    names = pv.open_csv(handle, reading, parsing).schema.names
+    twice = [column for column in dict.fromkeys(names) if names.count(column) > 1]
+    if twice:
+        raise SchemaError(f"'{name}' has several columns '{twice[0]}'; rename all but one.")
+    handle.seek(0)
+    converting = pv.ConvertOptions(
+        column_types=dict.fromkeys(names, pa.string()),
+        null_values=[""],
+        strings_can_be_null=True,
+        quoted_strings_can_be_null=False,
+    )
+    return pv.read_csv(handle, reading, parsing, converting)
 
 
 def _open(name: str) -> Any:
