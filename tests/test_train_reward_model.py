@@ -392,6 +392,64 @@ def test_low_rank_updates_are_merged_and_the_head_is_trained(data, tmp_path, alo
     assert [reward for reward, _ in rewarder.rewards(pairs)] == pytest.approx(expected, abs=1e-5)
 
 
+def adapter_rewards(data, output, trainer, probe):
+    """Rewards of a probe row by peft's adapter on the plain base model."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    plain = AutoModelForSequenceClassification.from_pretrained(f"{data}/policy", num_labels=1, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(plain, f"{output}/adapter").eval()
+    sides = [
+        trainer.renderer.pair_ids(probe["prompt"], probe[name][0]["content"]).ids for name in ("chosen", "rejected")
+    ]
+    with torch.no_grad():
+        return [adapted(input_ids=torch.tensor([ids])).logits.item() for ids in sides]
+
+
+def test_the_adapter_alone_has_the_updates_and_the_head(data, tmp_path, alone):
+    trainer = start(make_job(data, tmp_path / "run", lora={"r": 4, "alpha": 8}, max_steps=3))
+    trainer.train(show_progress=False)
+    probe = trainer.finish()["probe"][0]
+    expected = np.ravel(probe["outputs"])
+    assert adapter_rewards(data, tmp_path / "run", trainer, probe) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_4_bit_model_is_saved_with_what_its_bits_stand_for(data, tmp_path, alone):
+    from rayrm.models.rewarder import Rendering, load_rewarder
+
+    job = make_job(data, tmp_path / "run", lora={"r": 4, "alpha": 8}, load_in_4bit=True, max_steps=4)
+    trainer = start(job)
+    frozen = trainer.engine.module.network.model.layers[0].self_attn.q_proj.base_layer
+    assert type(frozen).__name__ == "Linear4bit"
+    trainer.train(show_progress=False)
+    probe = trainer.finish()["probe"]
+    rewarder = load_rewarder(f"{tmp_path}/run/model", Rendering(max_length=96))
+    for row in probe:
+        pairs = [(row["prompt"], row[name][0]["content"]) for name in ("chosen", "rejected")]
+        assert [reward for reward, _ in rewarder.rewards(pairs)] == pytest.approx(np.ravel(row["outputs"]), abs=1e-4)
+    saved, base = load_file(tmp_path / "run/model/model.safetensors"), load_file(data / "policy/model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert saved[name].dtype == torch.float32 and 0 < (saved[name] - base[name]).abs().mean() < 0.1
+    assert "quantization_config" not in json.loads((tmp_path / "run/model/config.json").read_text())
+    for changes, parallel, message in (({}, 3, "zero_stage to 2"), ({"lora": None}, 2, "set lora too")):
+        with pytest.raises(ConfigError, match=message):
+            make_job(data, tmp_path, zero_stage=parallel, **{"lora": {"r": 4}, "load_in_4bit": True, **changes})
+
+
+def test_tools_of_a_row_are_shown_by_the_template(data, tmp_path):
+    template = (
+        "{% if tools %}tools: {{ tools | tojson }}\n{% endif %}" + (data / "policy/chat_template.jinja").read_text()
+    )
+    (tmp_path / "tools.jinja").write_text(template)
+    row = preference(0, random.Random(0)) | {"tools": '[{"name": "search"}]'}
+    found = render(data, row, chat_template=f"{tmp_path}/tools.jinja")
+    renderer = make_renderer(f"{data}/policy", f"{tmp_path}/tools.jinja", 96)
+    assert renderer.tokenizer.decode(found["sides"][0]).startswith('tools: [{"name": "search"}]')
+    assert "tools" not in renderer.tokenizer.decode(render(data, row | {"tools": None})["sides"][0])
+    with pytest.raises(ConfigError, match="'none' has no place for them"):
+        render(data, row, chat_template="none")
+
+
 def test_the_best_evaluation_gives_the_final_model(data, tmp_path, alone, monkeypatch):
     from rayrm.models.rewarder import Rendering, load_rewarder
     from rayrm.training.best import find_best
@@ -461,6 +519,9 @@ def test_two_workers_with_zero_3_end_like_one_and_are_verified(data, tmp_path, r
         assert found.get("loss", 0) == pytest.approx(expected.get("loss", 0), abs=1e-4)
     assert (tmp_path / "two" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in (tmp_path / "two" / "state").glob("step-*")) == ["step-3", "step-6"]
+    card = (tmp_path / "two/model/README.md").read_text()
+    assert "objective `bradley_terry`" in card and f"| accuracy | {done['metrics']['eval_accuracy']:.4g} |" in card
+    assert str(tmp_path) not in card
     assert train_reward_model(job) == done
     with pytest.raises(OutputExistsError, match="training.lr"):
         train_reward_model(make_job(data, tmp_path / "two", workers=2, zero_stage=3, lr=1e-4))

@@ -8,7 +8,9 @@ the tokenizer's end-of-sequence token behind it.
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -63,7 +65,21 @@ class Renderer:
         self.tokenizer = tokenizer
         self.template = template
         self.max_length = max_length
+        self.tools: Any = None
         self.bos = tokenizer.bos_token_id if _adds_bos(tokenizer) else None
+
+    def with_tools(self, tools: str | None) -> Renderer:
+        """This renderer with tool schemas, a JSON list, for the template to show; itself without any.
+
+        Raises ConfigError for `chat_template: none`, which has no place for them.
+        """
+        if tools is None:
+            return self
+        if self.template is None:
+            raise ConfigError("A row has tools, and chat_template 'none' has no place for them; set a chat template.")
+        view = copy.copy(self)
+        view.tools = json.loads(tools)
+        return view
 
     def prompt_text(self, prompt: Sequence[Message]) -> str:
         """The text that a policy continues."""
@@ -145,6 +161,7 @@ class Renderer:
             self.tokenizer.apply_chat_template(
                 messages,
                 chat_template=self.template,
+                tools=self.tools,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )

@@ -119,7 +119,7 @@ def _label_logits(network: Any, hidden: torch.Tensor) -> torch.Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def load_reward_model(
+def load_reward_model(  # noqa: PLR0913
     path: str,
     *,
     num_outputs: int = 1,
@@ -127,13 +127,14 @@ def load_reward_model(
     keeps_head: bool = True,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
+    load_in_4bit: bool = False,
 ) -> RewardModel:
     """The reward model at `path`, a local folder or a hub id, in evaluation mode and without dropout.
 
     The head may be transformers' own or that of another trainer, see `find_layout`. With `head_seed`, which is for
     training, a checkpoint without a head (a causal language model) gets a new one, drawn from N(0, initializer_range²),
     and a head's constant, which plain transformers has no place for, is left out; without `keeps_head` any head is
-    replaced by a new one. Raises CheckpointError when nothing
+    replaced by a new one. `load_in_4bit` holds all linear layers but the head in bitsandbytes' NF4. Raises CheckpointError when nothing
     loads, when weights are missing or of another shape, when a head is missing and there is no `head_seed`, and when a
     head has a name that nobody uses or another number of outputs.
     """
@@ -150,7 +151,7 @@ def load_reward_model(
             )
         config.num_labels, config.problem_type = num_outputs, "regression"
 
-    settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
+    settings = _settings(dtype, attn_implementation, load_in_4bit)
     settings["ignore_mismatched_sizes"] = not keeps_head
     if layout:
         settings["key_mapping"] = layout.key_mapping
@@ -196,6 +197,7 @@ def load_comparing_model(
     *,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
+    load_in_4bit: bool = False,
 ) -> RewardModel:
     """The causal language model at `path`, read at the log-probabilities of the tokens `labels`.
 
@@ -203,10 +205,27 @@ def load_comparing_model(
     """
     from transformers import AutoModelForCausalLM
 
-    settings = {"dtype": dtype, "attn_implementation": attn_implementation}
+    settings = _settings(dtype, attn_implementation, load_in_4bit)
     network, loaded = _load(path, AutoModelForCausalLM, lambda config: None, settings)
     _check_loaded(path, loaded, may_lack_head=False)
     return RewardModel(network, labels).eval()
+
+
+def _settings(dtype: torch.dtype, attn_implementation: str | None, load_in_4bit: bool) -> dict[str, Any]:
+    settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
+    if load_in_4bit:
+        from transformers import BitsAndBytesConfig
+
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=[HEAD, "lm_head"],
+        )
+        if torch.cuda.is_available():
+            settings["device_map"] = {"": torch.cuda.current_device()}
+    return settings
 
 
 def _load(
@@ -224,6 +243,10 @@ def _load(
         prepare(config)
         _turn_off_dropout(config)
         network, loaded = model_class.from_pretrained(folder, config=config, output_loading_info=True, **settings)
+        for module in network.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # Without a gradient, bitsandbytes would round the scales of a CPU's weights to bf16 for good.
+                module.support_avx512bf16_for_cpu = False
     except CheckpointError:
         raise
     except Exception as error:

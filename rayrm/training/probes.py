@@ -22,7 +22,7 @@ TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2}
 
 def encode_probe(row: dict[str, Any], objective: Objective, renderer: Renderer) -> list[Encoded]:
     """The sides of a probe row."""
-    example = objective.encode(row, renderer)
+    example = objective.encode(row, renderer.with_tools(row.get("tools")))
     if isinstance(example, str):
         raise CheckpointError(f"Probe row '{row['id']}' cannot be read ({example}); remove the output and start again.")
     return example.sides

@@ -178,7 +178,7 @@ def render_shard(shard: Shard, training: RewardTraining) -> tuple[pa.Table, Coun
         new["is_held_out"] = is_held_out(row["group"], training.held_out_fraction, training.seed)
         rendered.append(new)
         if sum(probe["is_held_out"] == new["is_held_out"] for probe in probes) < NUM_PROBES:
-            probes.append({name: row[name] for name in ("id", *training.objective.columns)})
+            probes.append({name: row[name] for name in ("id", *training.objective.columns, "tools") if name in row})
             probes[-1]["is_held_out"] = new["is_held_out"]
     return pa.Table.from_pylist(rendered, schema=_SCHEMA), dropped, probes
 
@@ -217,7 +217,7 @@ def render_row(row: Mapping[str, Any], renderer: Renderer, training: RewardTrain
     weight = row.get("weight") if objective.use_weight else 1.0
     if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
         return "weight_not_0_or_more"
-    example = objective.encode(row, renderer)
+    example = objective.encode(row, renderer.with_tools(row.get("tools")))
     if isinstance(example, str):
         return example
     allowed = ("ok", "truncated") if training.on_overlength == "truncate_prompt_left" else ("ok",)

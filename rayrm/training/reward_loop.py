@@ -300,7 +300,14 @@ def make_engine(job: RewardModelJob, micro_batch_size: int, tokenizer: Any, read
     partitioned = HfDeepSpeedConfig(settings) if parallelism.zero_stage == 3 else None
     dtype = torch.bfloat16 if bf16 else torch.float32
     attention = training.attn_implementation
-    model = readout.load(training.model, tokenizer, head_seed=training.seed, dtype=dtype, attn_implementation=attention)
+    model = readout.load(
+        training.model,
+        tokenizer,
+        head_seed=training.seed,
+        dtype=dtype,
+        attn_implementation=attention,
+        load_in_4bit=training.load_in_4bit,
+    )
     if partitioned is not None:
         unset_hf_deepspeed_config()
     if training.router_loss and not num_experts(model.network.config.get_text_config()):

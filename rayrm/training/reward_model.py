@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from typing import Any, Literal
@@ -9,10 +10,13 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from rayrm import cluster, files
-from rayrm.errors import RayRMError
+from rayrm.config import NOT_IDENTITY
+from rayrm.errors import ConfigError, RayRMError
 from rayrm.models.folders import check_model
 from rayrm.runs import abandon_run, finish_run, start_run
 from rayrm.shards import read_schemas
+from rayrm.training.cards import write_card
+from rayrm.training.checkpoints import push_to_hub
 from rayrm.training.launch import MARK, MODEL, launch
 from rayrm.training.objectives import AnyObjective
 from rayrm.training.objectives.base import Objective
@@ -33,6 +37,9 @@ class RewardTraining(Training):
     """What is learned from a row."""
     on_overlength: Literal["drop", "truncate_prompt_left", "error"] = "drop"
     """What becomes of a row with a longer side; a completion that is too long by itself always drops its row."""
+    load_in_4bit: bool = False
+    """Hold the frozen weights in 4 bits (QLoRA, arXiv 2305.14314); with LoRA, up to ZeRO-2. The saved model has the
+    weights that 4 bits stand for, so that it gives the rewards that were trained."""
     best_by: str | None = None
     """Metric of the held-out rows, such as accuracy, accuracy_worst_language or accuracy/de, whose best evaluation gives
     the final model; null for the last step."""
@@ -45,12 +52,26 @@ class RewardTraining(Training):
             raise ValueError(f"best_by is '{self.best_by}' and nothing is held out; set held_out_fraction too")
         return self
 
+    @model_validator(mode="after")
+    def _four_bits_are_frozen(self) -> RewardTraining:
+        if self.load_in_4bit and self.lora is None:
+            raise ValueError("load_in_4bit holds weights that cannot be trained; set lora too")
+        return self
+
 
 class RewardModelJob(TrainingJob):
     """From rows to a reward model's checkpoint."""
 
     training: RewardTraining
     """What is trained, and how."""
+    hub_id: str | None = Field(None, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
+    """Repository `owner/name` on the model hub that the finished model is pushed to; it is made private."""
+
+    @model_validator(mode="after")
+    def _four_bits_are_whole(self) -> RewardModelJob:
+        if self.training.load_in_4bit and self.parallelism.zero_stage == 3:
+            raise ValueError("4-bit weights cannot be partitioned; set parallelism.zero_stage to 2 or less")
+        return self
 
 
 def train_reward_model(config: RewardModelJob) -> dict[str, Any]:
@@ -67,6 +88,8 @@ def train_reward_model(config: RewardModelJob) -> dict[str, Any]:
         cluster.require(config.workers.num_workers, config.workers.num_cpus, config.workers.num_gpus, what)
     if start_run(config, mark=MARK):
         finish_run(config, _train(config, what), mark=MARK)
+    if config.hub_id is not None:
+        push_to_hub(files.join(config.output, MODEL), config.hub_id)
     done: dict[str, Any] = files.read_json(files.join(config.output, MARK))
     return done
 
@@ -83,6 +106,8 @@ def _check_job(config: RewardModelJob) -> None:
             if path is not None:
                 _check_rows(path, objective.on_ratings)
     check_model(config.training.model)
+    if config.training.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("load_in_4bit needs bitsandbytes, which is not installed; pip install bitsandbytes.")
     check_renderer(config.training)
 
 
@@ -130,5 +155,7 @@ def _train(config: RewardModelJob, what: str) -> dict[str, Any]:
         **facts,
     }
     precision = "bf16" if config.parallelism.uses_bf16(config.workers.num_gpus) else "fp32"
-    check_saved(files.join(config.output, MODEL), mark, training.objective, precision, config.workers)
+    path = files.join(config.output, MODEL)
+    check_saved(path, mark, training.objective, precision, config.workers)
+    write_card(path, config, mark)
     return mark

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,14 +12,17 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from rayrm import files
 from rayrm.models.readouts import Readout
 from rayrm.models.rendering import Renderer
 from rayrm.models.reward_model import HEAD
-from rayrm.training.checkpoints import export_model, gather_state
+from rayrm.training.checkpoints import export_model, gather_state, publish
 
 if TYPE_CHECKING:
     from rayrm.training.reward_model import RewardTraining
     from rayrm.training.settings import LowRank
+
+ADAPTER = "adapter"
 
 
 def add_updates(network: Any, lora: LowRank, seed: int) -> Any:
@@ -42,19 +47,24 @@ def gather_trained(network: Any, lora: LowRank | None) -> dict[str, Any]:
 def export_reward_model(
     network: Any, state: dict[str, Any], training: RewardTraining, renderer: Renderer, readout: Readout, output: str
 ) -> None:
-    """Save and verify `network` with the tensors of `state` as `<output>/model`; LoRA updates are merged.
+    """Save and verify `network` with the tensors of `state` as `<output>/model`.
 
-    All ranks call it, and `state` counts on rank 0.
+    LoRA updates are merged, and also saved alone, with the head, as `<output>/adapter`, which peft loads. All ranks
+    call it, and `state` counts on rank 0.
     """
     if dist.get_rank() == 0:
         if training.lora is not None:
             # What rank 0 loads alone must be whole.
             unset_hf_deepspeed_config()
             tokenizer, seed = renderer.tokenizer, training.seed
-            whole = readout.load(training.model, tokenizer, head_seed=seed, dtype=network.dtype).network
+            dtype, in_4bit = network.dtype, training.load_in_4bit
+            whole = readout.load(training.model, tokenizer, head_seed=seed, dtype=dtype, load_in_4bit=in_4bit).network
+            if in_4bit:
+                whole = whole.dequantize()
             whole.config.pad_token_id = network.config.pad_token_id
             view = add_updates(whole, training.lora, training.seed)
             whole.load_state_dict(state, strict=False)
+            save_adapter(view, training.model, output)
             network = view.merge_and_unload()
             state = network.state_dict()
         renderer.tokenizer.chat_template = renderer.template
@@ -66,3 +76,23 @@ def export_reward_model(
         is_classifier = hasattr(network, HEAD)
         export_model(output, write, AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM)
     dist.barrier()
+
+
+def save_adapter(view: Any, base: str, output: str) -> None:
+    """Save the LoRA updates of `view`, and the head where it has one, to `<output>/adapter`."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    network = view.get_base_model()
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(view).items()}
+    settings = copy.deepcopy(view.peft_config["default"])
+    settings.base_model_name_or_path, settings.inference_mode, settings.task_type = base, True, "CAUSAL_LM"
+    if hasattr(network, HEAD):
+        settings.task_type, settings.modules_to_save = "SEQ_CLS", [HEAD]
+        state[f"base_model.model.{HEAD}.weight"] = getattr(network, HEAD).weight.detach().cpu().contiguous()
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary) / ADAPTER
+        folder.mkdir()
+        settings.save_pretrained(str(folder))
+        save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
+        publish(folder, files.join(output, ADAPTER))
