@@ -1,6 +1,6 @@
-"""Create a small language model with random weights and a tokenizer trained on the texts of Prompt rows.
+"""Create a small language model with random weights and a tokenizer trained on the texts of Prompt or Preference rows.
 
-For those who start without a checkpoint: `train_policy` makes a policy of it. Writes `<output>/model`.
+For those who start without a checkpoint: `train_policy` and `train_reward_model` train it. Writes `<output>/model`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from rayrm.shards import read_table
 from rayrm.training.launch import MARK, MODEL
 
 log = logging.getLogger("rayrm")
+MESSAGES = ("prompt", "chosen", "rejected")
+"""Columns of messages."""
 
 
 class CreateModel(Config):
     """A model from nothing, for the texts of some Prompt rows."""
 
     input: str = Field(json_schema_extra=INPUT)  # type: ignore[arg-type]
-    """Prompt rows whose sources, references and prompts the tokenizer is trained on."""
+    """Prompt or Preference rows on whose texts the tokenizer is trained."""
     output: str = Field(json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
     """Folder for `model/` with its `rayrm.json`."""
     model: CreationConfig = CreationConfig()
@@ -36,7 +38,7 @@ class CreateModel(Config):
 def main(argv: Sequence[str] | None = None) -> None:
     """Create the model of `argv`, unless it is there. Raises SchemaError when the input has no Prompt rows."""
     config = parse_args(CreateModel, argv)
-    rows = read_table(config.input, list(Prompt.columns))
+    rows = read_table(config.input, list(dict.fromkeys([*Prompt.columns, *MESSAGES])))
     Prompt.check(rows.schema, f"'{config.input}'")
     if not start_run(config, mark=MARK):
         return
@@ -46,12 +48,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def list_texts(rows: pa.Table) -> Iterator[str]:
-    """Every source, reference and prompt message of Prompt rows."""
+    """Every source, reference and message of the rows."""
     for name in ("source", "reference"):
         if name in rows.column_names:
             yield from (text for text in rows[name].to_pylist() if text)
-    for messages in rows["prompt"].to_pylist():
-        yield from (message["content"] for message in messages)
+    for name in MESSAGES:
+        if name in rows.column_names:
+            yield from (message["content"] for messages in rows[name].to_pylist() for message in messages or [])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rayrm.errors import CheckpointError
 from rayrm.models.creation import CreationConfig, create_model
-from rayrm.models.reward_model import load_padding_tokenizer, load_reward_model, padded_batch
+from rayrm.models.inputs import padded_batch
+from rayrm.models.reward_model import load_padding_tokenizer, load_reward_model
 from rayrm.models.rewarder import Rendering, load_rewarder
 from rayrm.scoring.reward_model import RewardModelScorer, RewardModelScoring
 

@@ -392,6 +392,25 @@ def test_low_rank_updates_are_merged_and_the_head_is_trained(data, tmp_path, alo
     assert [reward for reward, _ in rewarder.rewards(pairs)] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("zero_stage", "checkpointing", "lora"), [(0, False, None), (3, True, None), (2, False, {"r": 4, "alpha": 8})]
+)
+def test_shared_prefixes_change_neither_losses_nor_weights(data, tmp_path, alone, zero_stage, checkpointing, lora):
+    from rayrm.training.checkpoints import gather_state
+
+    found = []
+    for is_shared in (False, True):
+        job = make_job(data, tmp_path / f"{is_shared}", zero_stage=zero_stage, shared_prefix=is_shared, lora=lora)
+        parallelism = job.parallelism.model_copy(update={"gradient_checkpointing": checkpointing})
+        trainer = start(job.model_copy(update={"parallelism": parallelism}))
+        trainer.train(show_progress=False)
+        records = [{k: v for k, v in r.items() if k != "step_s"} for r in trainer.history]
+        found.append((records, gather_state(trainer.engine.module.network)))
+    for plain, shared in zip(found[0][0], found[1][0], strict=True):
+        assert shared == pytest.approx(plain, rel=2e-4, abs=2e-5)
+    assert_same_weights(found[1][1], found[0][1], 1e-4)
+
+
 def adapter_rewards(data, output, trainer, probe):
     """Rewards of a probe row by peft's adapter on the plain base model."""
     from peft import PeftModel

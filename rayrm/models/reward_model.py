@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -322,30 +321,3 @@ def load_padding_tokenizer(path: str) -> Any:
             )
         tokenizer.pad_token = choices[0]
     return tokenizer
-
-
-def pad_right(rows: Sequence[Any], pad_id: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both int64 [rows, longest row], of rows of ids (lists or arrays)."""
-    width = max(len(row) for row in rows)
-    ids = np.full((len(rows), width), pad_id, np.int64)
-    mask = np.zeros((len(rows), width), np.int64)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = row
-        mask[index, : len(row)] = 1
-    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
-
-
-def padded_batch(
-    rows: Sequence[Any], reads: Sequence[Sequence[int]], pad_id: int, device: Any
-) -> dict[str, torch.Tensor]:
-    """What `RewardModel.forward` takes for rows of ids, padded on the right, to be read at `reads` of each row.
-
-    `reads` [rows, most reads of a row] points to the first token where a row has fewer.
-    """
-    ids, mask = pad_right(rows, pad_id, device)
-    most = max(len(positions) for positions in reads)
-    flat = [
-        [index * ids.shape[1] + position for position in positions] + [0] * (most - len(positions))
-        for index, positions in enumerate(reads)
-    ]
-    return {"input_ids": ids, "attention_mask": mask, "reads": torch.tensor(flat, device=device)}

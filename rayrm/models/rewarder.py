@@ -11,9 +11,10 @@ import torch
 from rayrm import files
 from rayrm.batching import token_batches
 from rayrm.errors import CheckpointError
+from rayrm.models.inputs import padded_batch
 from rayrm.models.readouts import Comparison, Encoded, LastToken, Readout, parse_readout
 from rayrm.models.rendering import Renderer, load_template
-from rayrm.models.reward_model import RewardModel, load_padding_tokenizer, padded_batch
+from rayrm.models.reward_model import RewardModel, load_padding_tokenizer
 from rayrm.rows import Message
 
 log = logging.getLogger("rayrm")

@@ -14,7 +14,7 @@ CURVE = "loss.png"
 
 
 def write_curves(history: Sequence[dict[str, Any]], output: str) -> None:
-    """Write `<output>/metrics.jsonl`, a line for each record, and `<output>/loss.png` with `loss` and `eval_loss`.
+    """Write `<output>/metrics.jsonl`, a line for each record, and `<output>/loss.png`, see `draw_loss`.
 
     `history` holds records with `step` and any metrics, as `TrainerState.log_history` does; both files are replaced.
     """
@@ -27,20 +27,28 @@ def write_curves(history: Sequence[dict[str, Any]], output: str) -> None:
 
 
 def draw_loss(history: Sequence[dict[str, Any]]) -> bytes:
-    """A PNG of training and held-out loss by step."""
+    """A PNG of training and held-out loss by step, and below it, where there is one, of accuracy, also by language."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    curves = {"loss": {"loss": "training", "eval_loss": "held out"}, "accuracy": {"accuracy": "training"}}
+    for name in dict.fromkeys(name for record in history for name in record):
+        if name == "eval_accuracy" or (name.startswith("eval_accuracy/") and "/subset/" not in name):
+            curves["accuracy"][name] = name.removeprefix("eval_accuracy").removeprefix("/") or "held out"
+    curves = {what: names for what, names in curves.items() if any(n in record for record in history for n in names)}
+    figure = Figure(figsize=(7, 3.5 * max(1, len(curves))), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
-        points = [(record["step"], record[key]) for record in history if key in record]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    axes.set(xlabel="step", ylabel="loss")
-    axes.grid(alpha=0.3)
-    if axes.lines:
+    for axes, (what, names) in zip(
+        figure.subplots(max(1, len(curves)), squeeze=False)[:, 0], curves.items(), strict=False
+    ):
+        for name, label in names.items():
+            points = [(record["step"], record[name]) for record in history if name in record]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True), "o-" if name.startswith("eval_") else "-", label=label, markersize=4
+                )
+        axes.set(xlabel="step", ylabel=what)
+        axes.grid(alpha=0.3)
         axes.legend()
     picture = BytesIO()
     figure.savefig(picture, format="png")

@@ -18,8 +18,10 @@ import torch
 import torch.distributed as dist
 
 from rayrm.errors import CheckpointError, ConfigError
+from rayrm.models.inputs import packed_batch, padded_batch
+from rayrm.models.packing import make_packable
 from rayrm.models.readouts import Readout, parse_readout
-from rayrm.models.reward_model import Penalties, num_experts, padded_batch
+from rayrm.models.reward_model import Penalties, num_experts
 from rayrm.training.batches import batch_of_step, micro_batches, steps_per_epoch
 from rayrm.training.best import find_best, keep_best, read_merit, read_weights
 from rayrm.training.curves import write_curves
@@ -149,9 +151,13 @@ class RewardTrainer:
     def forward(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Outputs of some rows, fp32 [sides, rows, reads, outputs], in one pass, and the penalty."""
         num_sides = self.objective.num_sides
-        sides = [self.rows.sides[side][row] for side in range(num_sides) for row in rows]
         reads = [self.rows.reads[side][row].tolist() for side in range(num_sides) for row in rows]
-        batch = padded_batch(sides, reads, self.renderer.tokenizer.pad_token_id, self.device)
+        if self.training.shared_prefix:
+            trees = [[side[row] for side in self.rows.sides] for row in rows]
+            batch = packed_batch(trees, reads, self.device)
+        else:
+            sides = [side[row] for side in self.rows.sides for row in rows]
+            batch = padded_batch(sides, reads, self.renderer.tokenizer.pad_token_id, self.device)
         outputs, penalty = self.engine(**batch)
         return outputs.float().unflatten(0, (num_sides, len(rows))), penalty
 
@@ -310,6 +316,8 @@ def make_engine(job: RewardModelJob, micro_batch_size: int, tokenizer: Any, read
     )
     if partitioned is not None:
         unset_hf_deepspeed_config()
+    if training.shared_prefix:
+        make_packable(model.network)
     if training.router_loss and not num_experts(model.network.config.get_text_config()):
         raise ConfigError(f"router_loss is {training.router_loss:g}, and '{training.model}' is no mixture of experts.")
     overlap = training.objective.orthogonality if isinstance(training.objective, Odin) else 0.0
