@@ -285,7 +285,7 @@ def test_a_question_holds_both_completions_in_both_orders(data):
         *base.message("Bye", "user"),
     ]
     sides = Comparison().encode_both(renderer, prompt, "good", "bad")
-    context = "\n\n<turn> user\n Hi\n\n<turn> assistant\n Hello\n\n<turn> user\n Bye\n"
+    context = "\n\n<turn> user\n Hi\n<turn> assistant\n Hello\n<turn> user\n Bye\n"
     for side, (first, second) in zip(sides, (("good", "bad"), ("bad", "good")), strict=True):
         text = renderer.tokenizer.decode(side.ids)
         assert f"[CONTEXT] {context} [RESPONSE A] {first} [RESPONSE B] {second} \n" in text

@@ -2,6 +2,9 @@ import json
 import math
 import random
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +20,7 @@ from rayrm.training.batches import batch_of_step, micro_batches, steps_per_epoch
 from rayrm.training.launch import fetch
 from rayrm.training.objectives.pairs import BradleyTerry
 from rayrm.training.optimization import Optimization
-from rayrm.training.rendered import make_renderer, render_row, render_rows
+from rayrm.training.rendered import check_renderer, make_renderer, render_row, render_rows
 from rayrm.training.reward_metrics import MeasuredPairs, expected_calibration_error, measure_pairs
 from rayrm.training.reward_model import RewardModelJob, train_reward_model
 
@@ -231,6 +234,20 @@ def test_rendered_sides_share_the_prompt(data):
 )
 def test_pairs_that_are_no_use_have_a_reason(data, changes, training, reason):
     assert render(data, preference(0, random.Random(0)) | changes, **training) == reason
+
+
+def test_rows_that_the_template_refuses_are_dropped_and_stray_headers_are_found(data, tmp_path):
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    (tmp_path / "strict.jinja").write_text(refusing + (data / "policy/chat_template.jinja").read_text())
+    row = preference(0, random.Random(0))
+    settings = {"chat_template": f"{tmp_path}/strict.jinja"}
+    assert render(data, row, **settings)["weight"] == 1.0
+    system = {"role": "system", "content": "be kind"}
+    assert render(data, row | {"prompt": [system, *row["prompt"]]}, **settings) == "not_rendered"
+    turn = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
+    (tmp_path / "early.jinja").write_text(turn + "<|im_start|>assistant ")
+    with pytest.raises(ConfigError, match="such as the header of another answer"):
+        check_renderer(make_job(data, "nowhere", chat_template=f"{tmp_path}/early.jinja").training)
 
 
 def test_long_prompts_are_cut_when_asked_to(data):
@@ -544,6 +561,49 @@ def test_two_workers_with_zero_3_end_like_one_and_are_verified(data, tmp_path, r
     assert train_reward_model(job) == done
     with pytest.raises(OutputExistsError, match="training.lr"):
         train_reward_model(make_job(data, tmp_path / "two", workers=2, zero_stage=3, lr=1e-4))
+
+
+@pytest.mark.ray
+@pytest.mark.vllm
+def test_plain_transformers_and_vllm_give_the_rewards_of_training(data, tmp_path, ray_cluster):
+    job = make_job(data, tmp_path / "run", workers=2, zero_stage=3, max_steps=3)
+    done = train_reward_model(job)
+    renderer = make_renderer(job.training.model, None, 96)
+    rows = [
+        renderer.pair_ids(row["prompt"], row[name][0]["content"]).ids
+        for row in done["probe"]
+        for name in ("chosen", "rejected")
+    ]
+    expected = [reward for row in done["probe"] for reward in np.ravel(row["outputs"]).tolist()]
+    assert np.std(expected) > 1e-2
+    (tmp_path / "given.json").write_text(json.dumps({"model": f"{tmp_path}/run/model", "rows": rows}))
+    for reader in ("transformers", "vllm"):
+        words = [sys.executable, f"{Path(__file__).parent}/outside_readers.py", reader, f"{tmp_path}/given.json"]
+        read = subprocess.run(words, capture_output=True, text=True, timeout=300)
+        assert read.returncode == 0, read.stderr[-3000:]
+        found = [logits[0] for logits in json.loads(read.stdout.splitlines()[-1])]
+        np.testing.assert_allclose(found, expected, atol=1e-4, err_msg=reader)
+
+
+def test_a_disk_that_is_full_leaves_no_half_of_a_model(data, tmp_path, alone):
+    import resource
+    import signal
+
+    trainer = start(make_job(data, tmp_path / "run", max_steps=1))
+    trainer.train(show_progress=False)
+    before = {path.name for path in (tmp_path / "run").iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+        with pytest.raises(Exception, match="File too large|large"):
+            trainer.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == before
+    trainer.finish()
+    assert (tmp_path / "run/model/model.safetensors").stat().st_size > 60_000
 
 
 def test_templates_that_cannot_be_scored_claim_no_output(data, tmp_path):

@@ -6,6 +6,7 @@ A checkpoint's mark holds its readout, so that scoring and serving read it as tr
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -212,8 +213,8 @@ class Comparison(Config):
 
     def _encode(self, renderer: Renderer, prompt: Sequence[Message], first: str, second: str) -> Encoded:
         check_header(renderer)
-        turns = "".join(f"\n<turn> {message['role']}\n {message['content']}\n" for message in prompt)
-        question = f"[CONTEXT] \n{turns} [RESPONSE A] {first} [RESPONSE B] {second} \n"
+        turns = "".join(f"\n<turn> {message['role']}\n {message['content']}" for message in prompt)
+        question = f"[CONTEXT] \n{turns}\n [RESPONSE A] {first} [RESPONSE B] {second} \n"
         ids = renderer.prompt_ids([{"role": "user", "content": question}])
         if renderer.max_length is not None and len(ids) > renderer.max_length:
             return Encoded([], [], "overlength")
@@ -241,6 +242,36 @@ def check_header(renderer: Renderer) -> None:
 def sigmoid(value: float) -> float:
     """σ(value), without overflow."""
     return (1 + math.tanh(value / 2)) / 2
+
+
+ARMORM_OBJECTIVES = (
+    *(f"helpsteer-{name}" for name in ("helpfulness", "correctness", "coherence", "complexity", "verbosity")),
+    *(
+        f"ultrafeedback-{name}"
+        for name in ("overall_score", "instruction_following", "truthfulness", "honesty", "helpfulness")
+    ),
+    "beavertails-is_safe",
+    "prometheus-score",
+    "argilla-overall_quality",
+    "argilla-judge_lm",
+    *(f"code-{name}" for name in ("complexity", "style", "explanation", "instruction-following", "readability")),
+)
+"""Objectives of the released ArmoRM, whose files do not name them (arXiv 2406.12845)."""
+
+
+def find_readout(folder: str) -> Readout:
+    """How the model in the local `folder` is read, where no mark says it: by its gate if it has one, else at the last
+    token."""
+    from rayrm.models.foreign import find_layout
+    from rayrm.models.gating import GATE_FILE, load_gate
+
+    layout = find_layout(folder)
+    if layout is not None and layout.gate_temperature is not None:
+        names = ARMORM_OBJECTIVES if layout.num_labels == len(ARMORM_OBJECTIVES) else range(layout.num_labels)
+        return Gated(names=tuple(str(name) for name in names))
+    if os.path.exists(os.path.join(folder, GATE_FILE)):
+        return Gated(names=load_gate(folder).objectives)
+    return LastToken()
 
 
 Readout = LastToken | Ratings | Steps | Gated | Comparison

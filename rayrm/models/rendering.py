@@ -87,6 +87,21 @@ class Renderer:
             return "\n".join(message["content"] for message in prompt)
         return str(self._apply(list(prompt), add_generation_prompt=True))
 
+    def check(self) -> None:
+        """Raise ConfigError when the template ends a conversation with the header of another answer.
+
+        The last token would then be the header's, whatever was answered.
+        """
+        if self.template is None:
+            return
+        question: Message = {"role": "user", "content": "a"}
+        answered: list[Message] = [question, {"role": "assistant", "content": "b"}]
+        if not self.turn_text([*answered, question]).startswith(self.turn_text(answered).rstrip()):
+            raise ConfigError(
+                "The chat template writes something behind an answer that is gone when the conversation goes on, such "
+                "as the header of another answer; set chat_template to one that does not."
+            )
+
     def turn_text(self, prompt: Sequence[Message]) -> str:
         """The prompt's turns, without the header of an answer."""
         return self.prompt_text(prompt) if self.template is None else self._apply(list(prompt), False)

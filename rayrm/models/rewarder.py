@@ -11,8 +11,9 @@ import torch
 from rayrm import files
 from rayrm.batching import token_batches
 from rayrm.errors import CheckpointError
+from rayrm.models.folders import local_folder
 from rayrm.models.inputs import padded_batch
-from rayrm.models.readouts import Comparison, Encoded, LastToken, Readout, parse_readout
+from rayrm.models.readouts import Comparison, Encoded, Readout, find_readout, parse_readout
 from rayrm.models.rendering import Renderer, load_template
 from rayrm.models.reward_model import RewardModel, load_padding_tokenizer
 from rayrm.rows import Message
@@ -22,7 +23,7 @@ log = logging.getLogger("rayrm")
 Pair = tuple[Sequence[Message], str]
 """A prompt and the completion to be rewarded."""
 Reward = tuple[float | None, str]
-"""A reward and `ok` or `truncated`; or None and `overlength`, `empty` or `nan`."""
+"""A reward and `ok` or `truncated`; or None and `overlength`, `empty`, `nan`, or `error` (the template refuses it)."""
 Outputs = list[list[float]]
 """What a model gave at each token that was read, [reads][outputs]."""
 
@@ -56,7 +57,7 @@ class Rewarder:
         readout = self.readout
         if isinstance(readout, Comparison):
             raise CheckpointError("This model compares two completions and gives a single one no reward; compare them.")
-        encoded = [readout.encode(self.renderer, *pair) for pair in pairs]
+        encoded = [_encode(readout, self.renderer, pair) for pair in pairs]
         return [
             (None, row.status) if found is None else _finite(readout.reward(found), row.status)
             for row, found in zip(encoded, self.read(encoded, token_budget), strict=True)
@@ -102,6 +103,17 @@ class Rewarder:
         return found
 
 
+def _encode(readout: Any, renderer: Renderer, pair: Pair) -> Encoded:
+    from jinja2 import TemplateError
+
+    try:
+        encoded: Encoded = readout.encode(renderer, *pair)
+    except TemplateError:
+        # Such as a system turn, for a template that knows none.
+        return Encoded([], [], "error")
+    return encoded
+
+
 def _finite(reward: float, status: str) -> Reward:
     return (reward, status) if abs(reward) < float("inf") else (None, "nan")
 
@@ -117,7 +129,7 @@ def load_rewarder(
     """The reward model at `path`, ready to reward texts.
 
     A checkpoint with a completion mark is rendered and read as it was trained; `rendering` may repeat that, and serves
-    the checkpoints that have no mark, as does `readout` (null: the last token). `device` is the GPU when there is one; `dtype` is bf16 on a GPU and fp32 on a
+    the checkpoints that have no mark, as does `readout` (null: by its gate or at the last token). `device` is the GPU when there is one; `dtype` is bf16 on a GPU and fp32 on a
     CPU. Raises CheckpointError as `load_reward_model` does, and when `rendering` is not the checkpoint's own.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -125,7 +137,7 @@ def load_rewarder(
     rendering = rendering or Rendering()
     mark = files.read_json(files.join(path, files.CHECKPOINT_MARK)) or {}
     stored = mark.get("rendering")
-    readout = parse_readout(mark["readout"]) if "readout" in mark else readout or LastToken()
+    readout = parse_readout(mark["readout"]) if "readout" in mark else readout or find_readout(local_folder(path))
     tokenizer = load_padding_tokenizer(path)
     model = readout.load(path, tokenizer, dtype=dtype, attn_implementation=attn_implementation)
     if stored is not None:
@@ -135,6 +147,7 @@ def load_rewarder(
         rendering = rendering._replace(max_length=getattr(model.network.config, "max_position_embeddings", None))
     renderer = rendering.renderer(tokenizer, path)
     if stored is None:
+        renderer.check()
         log.warning("'%s' does not say how its texts were rendered; rendering them with %s", path, rendering)
     else:
         check_rendering(path, stored["fingerprint"], renderer.fingerprint())

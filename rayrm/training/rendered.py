@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from rayrm import cluster, files
@@ -191,11 +192,10 @@ def make_renderer(model: str, chat_template: str | None, max_length: int) -> Ren
 
 def check_renderer(training: RewardTraining) -> None:
     """Render a pair of one word each. Raises CheckpointError or ConfigError when the template cannot be scored."""
-    from jinja2 import TemplateError
-
     renderer = make_renderer(training.model, training.chat_template, training.max_length)
     try:
         renderer.completion_text([{"role": "user", "content": "a"}], "b")
+        renderer.check()
     except TemplateError as error:
         raise CheckpointError(
             f"The chat template for '{training.model}' does not render a question and its answer: "
@@ -209,7 +209,8 @@ def check_renderer(training: RewardTraining) -> None:
 def render_row(row: Mapping[str, Any], renderer: Renderer, training: RewardTraining) -> dict[str, Any] | str:
     """The ids of all sides with language and targets, or the reason why the row is no use.
 
-    Reasons: missing_field, weight_not_0_or_more, overlength, and those of the objective's `encode`.
+    Reasons: missing_field, weight_not_0_or_more, overlength, not_rendered (the template refuses it, such as a system
+    turn that it does not know), and those of the objective's `encode`.
     """
     objective = training.objective
     if any(row[name] is None for name in ("id", "group", *objective.columns)):
@@ -217,7 +218,10 @@ def render_row(row: Mapping[str, Any], renderer: Renderer, training: RewardTrain
     weight = row.get("weight") if objective.use_weight else 1.0
     if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
         return "weight_not_0_or_more"
-    example = objective.encode(row, renderer.with_tools(row.get("tools")))
+    try:
+        example = objective.encode(row, renderer.with_tools(row.get("tools")))
+    except TemplateError:
+        return "not_rendered"
     if isinstance(example, str):
         return example
     allowed = ("ok", "truncated") if training.on_overlength == "truncate_prompt_left" else ("ok",)
