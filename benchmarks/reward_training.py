@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rayrm.config import build_config
+from rayrm.rows import Message
 from rayrm.training.reward_model import RewardModelJob
 
 PREFERENCES = Path(__file__).resolve().parents[2] / "shared" / "data" / "preferences" / "qa_feedback_train.jsonl"
@@ -99,7 +100,7 @@ def write_long(texts: list[str], folder: str) -> None:
     ids = [token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
     rng = random.Random(0)
 
-    def message(role: str, num_tokens: int) -> list[dict[str, str]]:
+    def message(role: str, num_tokens: int) -> list[Message]:
         start = rng.randrange(len(ids) - num_tokens)
         return [{"role": role, "content": tokenizer.decode(ids[start : start + num_tokens])}]
 
@@ -109,7 +110,13 @@ def write_long(texts: list[str], folder: str) -> None:
         lengths = [len(view.pair_ids(prompt, side[0]["content"]).ids) for side in sides]
         if all(abs(num - PROMPT_TOKENS - ANSWER_TOKENS) <= 8 for num in lengths):
             number = str(len(rows))
-            row = {"id": number, "group": number, "prompt": prompt, "chosen": sides[0], "rejected": sides[1]}
+            row: dict[str, Any] = {
+                "id": number,
+                "group": number,
+                "prompt": prompt,
+                "chosen": sides[0],
+                "rejected": sides[1],
+            }
             rows.append(row | {"lang": "en"})
     Path(folder, "long").mkdir()
     pq.write_table(pa.Table.from_pylist(rows), f"{folder}/long/rows.parquet")
@@ -145,8 +152,7 @@ def run_ours(mode: str, folder: str, dtype: str, threads: str) -> dict[str, Any]
     # Only here: with it, TRL would look for other processes.
     os.environ["LOCAL_RANK"] = "0"
     prepare_worker(float(threads), use_gpu=False)
-    store = dist.FileStore(f"{folder}/store-{mode}", 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store-{mode}", rank=0, world_size=1)
     name, is_shared = ("long" if mode.startswith("long") else "rows"), mode in ("ours", "long_shared")
     job = make_job(folder, name, dtype, is_shared)
     trainer = RewardTrainer(job, job.training.micro_batch_size)
