@@ -102,7 +102,7 @@ def write_long(texts: list[str], folder: str) -> None:
 
     def message(role: str, num_tokens: int) -> list[Message]:
         start = rng.randrange(len(ids) - num_tokens)
-        return [{"role": role, "content": tokenizer.decode(ids[start : start + num_tokens])}]
+        return [{"role": role, "content": str(tokenizer.decode(ids[start : start + num_tokens]))}]
 
     rows: list[dict[str, Any]] = []
     while len(rows) < LONG_BATCH * STEPS:
