@@ -77,7 +77,8 @@ def check(config: EvaluateRewardModel, sets: dict[str, str]) -> None:
     Raises CheckpointError, ConfigError, SchemaError, or EvaluationError when a set has no row of the split.
     """
     model = config.reward_model.model
-    check_reward_model(config.reward_model)
+    # Rows that were trained on need no calibration.
+    check_reward_model(config.reward_model, sets.values() if config.split == "all" else ())
     split = find_split(model) if config.split == "held_out" else None
     for path in sets.values():
         Preference.check_files(path)

@@ -33,6 +33,10 @@ class Config(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
 
+    def further_inputs(self) -> dict[str, str]:
+        """Paths that no field names and whose content decides what comes out, each with a name for it."""
+        return {}
+
 
 class Loader(yaml.SafeLoader):
     """YAML 1.2's booleans: `no` is a language."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from rayrm import cluster, files
 from rayrm.config import NOT_IDENTITY, Config, identity, is_input
@@ -46,14 +46,17 @@ class RowsJob(Config):
     """Rows that are committed together; what is done is never done again."""
 
 
-def input_paths(config: BaseModel) -> dict[str, str]:
-    """All fields marked INPUT, also of nested configs, as dotted names with their paths; so are template files."""
-    found: dict[str, str] = {}
+def input_paths(config: Config) -> dict[str, str]:
+    """All fields marked INPUT, also of nested configs, as dotted names with their paths; so are template files.
+
+    So are the further inputs of each config.
+    """
+    found = config.further_inputs()
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
-        if isinstance(value, BaseModel):
+        if isinstance(value, Config):
             found.update({f"{name}.{inner}": path for inner, path in input_paths(value).items()})
-        elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
+        elif isinstance(value, list) and value and isinstance(value[0], Config):
             for index, part in enumerate(value):
                 found.update({f"{name}.{index}.{inner}": path for inner, path in input_paths(part).items()})
         elif is_input(field, value):

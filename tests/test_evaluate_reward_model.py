@@ -1,17 +1,22 @@
 """The evaluation job with a small reward model: rows, metrics, page, splits, failures."""
 
 import json
+import math
 import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jobs import score_candidates
 from jobs.evaluate_reward_model import EvaluateRewardModel, main
 from rayrm import files
 from rayrm.config import load_config
 from rayrm.errors import CheckpointError, ConfigError, EvaluationError, OutputExistsError, SchemaError
-from rayrm.evaluation.judging import Split, find_split, keep_held_out
+from rayrm.evaluation.judging import JudgeStage, Split, find_split, keep_held_out
+from rayrm.models.readouts import Comparison, Gated, LastToken, Ratings, Steps
+from rayrm.rows import Preference
+from rayrm.scoring.reward_model import RewardModelScoring
 from rayrm.shards import read_table
 from rayrm.splits import is_held_out
 
@@ -254,3 +259,166 @@ def test_too_many_failed_rewards_end_the_job(ray_cluster, tmp_path, reward_model
     with pytest.raises(EvaluationError, match=r"2 of 8 scores .* max_failed_fraction"):
         main(words(reward_model, path, tmp_path / "out"))
     assert not (tmp_path / "out" / "run.json").exists()
+
+
+# Models of other kinds.
+
+READOUTS = {
+    "last_token": LastToken(),
+    "ratings": Ratings(names=("a", "b"), weights=(1.0, -2.0), means=(3.0, 0.5), stds=(10.0, 20.0), is_logit=False),
+    "steps": Steps(separator=" "),
+    "gated": Gated(names=("a", "b")),
+    "comparison": Comparison(),
+}
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory):
+    """A language model of 2 layers with random weights and a chat template."""
+    from rayrm.models.creation import CreationConfig, create_model
+
+    sizes = CreationConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=2, max_length=256
+    )
+    folder = str(tmp_path_factory.mktemp("language_model"))
+    create_model(["Translate number. ein Hund schnell"] * 9, sizes, folder)
+    return folder
+
+
+@pytest.fixture
+def kind(language_model, tmp_path, request):
+    """A checkpoint with the readout `request.param`, as training saves it."""
+    import torch
+
+    from rayrm.models.gating import Gate, GatedHead, save_gate
+    from rayrm.models.reward_model import load_reward_model
+    from rayrm.models.rewarder import Rendering, load_rewarder
+
+    readout = READOUTS[request.param]
+    folder = tmp_path / request.param
+    shutil.copytree(language_model, folder)
+    if not isinstance(readout, Comparison):
+        num_outputs = len(getattr(readout, "names", "1"))
+        network = load_reward_model(language_model, num_outputs=num_outputs, head_seed=3).network
+        network.save_pretrained(folder)
+    if isinstance(readout, Gated):
+        torch.manual_seed(0)
+        save_gate(folder, GatedHead(Gate([64, 2], temperature=0.1), torch.eye(2), readout.names))
+    renderer = load_rewarder(str(folder), Rendering(max_length=200), readout=readout).renderer
+    rendering = {"chat_template": None, "max_length": 200, "fingerprint": renderer.fingerprint()}
+    mark = {"digest": "0" * 16, "rendering": rendering, "readout": readout.model_dump()}
+    files.write_json(f"{folder}/rayrm.json", mark)
+    return str(folder)
+
+
+def judge(model, rows, **settings):
+    return JudgeStage(RewardModelScoring(model=model, **settings), None)(Preference.conform(pa.Table.from_pylist(rows)))
+
+
+def conversation(row, side):
+    return [*row["prompt"], *row[side]]
+
+
+@pytest.mark.parametrize("kind", ["last_token", "ratings", "steps", "gated"], indirect=True)
+def test_both_sides_are_rewarded_by_a_model_of_any_kind(kind):
+    from rayrm.models.rewarder import load_rewarder
+
+    rows = preferences(4)
+    rows[2]["rejected"] = message(" ")
+    judged = judge(kind, rows).to_pylist()
+    rewarder = load_rewarder(kind)
+    for side in ("chosen", "rejected"):
+        expected = rewarder.rewards([(row["prompt"], row[side][0]["content"]) for row in rows])
+        assert [row[f"{side}_reward"] for row in judged] == [
+            None if reward is None else pytest.approx(reward, abs=1e-5) for reward, _ in expected
+        ]
+    assert [row["status"]["reward_model"] for row in judged] == [["ok", "ok"]] * 2 + [["ok", "empty"], ["ok", "ok"]]
+    assert len({row["chosen_reward"] for row in judged}) == 4
+
+
+@pytest.mark.parametrize("kind", ["ratings"], indirect=True)
+def test_ratings_are_weighed_in_the_scale_of_the_rows(kind):
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    plain, tokenizer = (c.from_pretrained(kind) for c in (AutoModelForSequenceClassification, AutoTokenizer))
+    (row,) = preferences(1)
+    text = tokenizer.apply_chat_template(conversation(row, "chosen"), tokenize=False).rstrip()
+    with torch.no_grad():
+        first, second = plain(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits[0].tolist()
+    expected = (3.0 + 10.0 * first) - 2.0 * (0.5 + 20.0 * second)
+    assert judge(kind, [row])["chosen_reward"].to_pylist() == [pytest.approx(expected, abs=1e-4)]
+
+
+def chance(model, tokenizer, row, sides):
+    """The first side's share of A and B, the first being A, by plain transformers."""
+    import torch
+
+    turns = "".join(f"\n<turn> {turn['role']}\n {turn['content']}\n" for turn in row["prompt"])
+    first, second = (row[side][0]["content"] for side in sides)
+    question = f"[CONTEXT] \n{turns} [RESPONSE A] {first} [RESPONSE B] {second} \n"
+    text = tokenizer.apply_chat_template(message(question, "user"), tokenize=False, add_generation_prompt=True)
+    with torch.no_grad():
+        logits = model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits[0, -1]
+    words = logits[[tokenizer.convert_tokens_to_ids(word) for word in "AB"]].double().softmax(0).tolist()
+    return words[0]
+
+
+@pytest.mark.parametrize("kind", ["comparison"], indirect=True)
+def test_a_model_that_compares_gives_each_side_the_log_of_its_chance(kind):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = (c.from_pretrained(kind) for c in (AutoModelForCausalLM, AutoTokenizer))
+    rows = preferences(4)
+    for row, judged in zip(rows, judge(kind, rows).to_pylist(), strict=True):
+        forward = chance(model, tokenizer, row, ("chosen", "rejected"))
+        backward = 1 - chance(model, tokenizer, row, ("rejected", "chosen"))
+        expected = (forward + backward) / 2
+        assert judged["chosen_reward"] == pytest.approx(math.log(expected), abs=1e-5)
+        assert judged["rejected_reward"] == pytest.approx(math.log(1 - expected), abs=1e-5)
+        assert judged["status"] == {"reward_model": ["ok", "ok"]}
+
+
+@pytest.mark.parametrize("kind", ["comparison"], indirect=True)
+def test_sides_that_cannot_be_compared_have_no_rewards(kind):
+    rows = preferences(5)
+    rows[1]["chosen"] = message(" ")
+    rows[2]["rejected"] = message("Hund " * 300)
+    rows[3]["chosen"] = [*message("eins"), *message("Und?", "user"), *message("zwei")]
+    rows[4]["rejected"] = rows[4]["chosen"]
+    judged = judge(kind, rows).to_pylist()
+    words = [row["status"]["reward_model"] for row in judged]
+    assert words == [[word] * 2 for word in ("ok", "empty", "overlength", "error", "ok")]
+    rewards = [(row["chosen_reward"], row["rejected_reward"]) for row in judged]
+    assert rewards[1:4] == [(None, None)] * 3
+    # A tie, up to the rounding of the two orders.
+    assert rewards[4] == pytest.approx((math.log(0.5), math.log(0.5)), abs=1e-6)
+    rows[3]["rejected"] = [*rows[3]["chosen"][:-1], *message("drei")]
+    assert judge(kind, [rows[3]])["status"].to_pylist() == [{"reward_model": ["ok", "ok"]}]
+
+
+@pytest.mark.parametrize("kind", ["comparison"], indirect=True)
+def test_a_model_that_compares_scores_no_candidates(kind, tmp_path):
+    row = {key: value for key, value in preferences(1)[0].items() if key not in ("chosen", "rejected", "margin")}
+    path = write_preferences(tmp_path / "in.parquet", [{**row, "candidates": ["ein Hund", "Hund"]}])
+    given = [f"input={path}", f"output={tmp_path}/out", "scoring.type=reward_model", f"scoring.model={kind}"]
+    with pytest.raises(CheckpointError, match="compares two completions and gives a single one no reward"):
+        score_candidates.main(given)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("kind", ["comparison"], indirect=True)
+def test_job_evaluates_a_model_that_compares_on_rows_with_tools(kind, tmp_path, ray_cluster):
+    rows = preferences(6)
+    for index, row in enumerate(rows):
+        row["tools"] = '[{"name": "search"}]' if index % 2 else None
+    path = write_preferences(tmp_path / "in.parquet", rows)
+    main([f"input={path}", f"output={tmp_path}/out", f"reward_model.model={kind}", "bootstrap.num_resamples=50"])
+    judged = read_table(f"{tmp_path}/out/rows/preferences").to_pylist()
+    assert [row["tools"] for row in judged] == [row["tools"] for row in rows]
+    assert all(math.exp(r["chosen_reward"]) + math.exp(r["rejected_reward"]) == pytest.approx(1) for r in judged)
+    metrics = files.read_json(f"{tmp_path}/out/metrics.json")["preferences"]
+    hits = sum(row["chosen_reward"] > row["rejected_reward"] for row in judged)
+    assert metrics["accuracy"] == pytest.approx(hits / 6) and metrics["num_unscored"] == 0
+    assert files.read_json(f"{tmp_path}/out/run.json")["verified"] is True

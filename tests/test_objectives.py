@@ -1,5 +1,6 @@
 """Losses and gradients of the objectives by hand, what they make of a row, and each of them learning something simple."""
 
+import json
 import math
 import random
 
@@ -274,7 +275,8 @@ def test_comparison_loss_by_hand():
     gap = Comparison().gap([[third, 0.0]], [[half, 0.0]])
     # 3/4 in one order and 1/2 in the other.
     assert gap == pytest.approx(math.log(0.625 / 0.375))
-    assert Comparison().gap([[800.0, 0.0]], [[0.0, 800.0]]) == math.inf
+    assert Comparison().gap([[800.0, 0.0]], [[0.0, 800.0]]) == pytest.approx(800.0)
+    assert Comparison().gap([[-50.0, 0.0]], [[0.0, -50.0]]) == pytest.approx(-50.0)
 
 
 def test_a_question_holds_both_completions_in_both_orders(data):
@@ -426,6 +428,27 @@ def test_every_objective_learns_and_is_read_again_as_it_was(job, alone):
         assert good[1] == bad[1] == "ok" and good[0] > bad[0]
         with pytest.raises(CheckpointError, match="compares none"):
             rewarder.compare([(prompt, "good one", "bad one")])
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("job", ["odin", "regression", "outcome", "process", "comparison"], indirect=True)
+def test_every_head_that_two_workers_train_in_parts_is_saved_whole(job, ray_cluster):
+    job = job.model_copy(
+        update={
+            "training": job.training.model_copy(update={"max_steps": 3, "shared_prefix": True}),
+            "workers": job.workers.model_copy(update={"num_workers": 2}),
+            "parallelism": job.parallelism.model_copy(update={"zero_stage": 3}),
+        }
+    )
+    # The job itself loads the model in a process of its own and compares it with the workers' outputs, to 1e-4.
+    done = train_reward_model(job)
+    rewarder = load_rewarder(f"{job.output}/model")
+    assert rewarder.readout.model_dump(mode="json") == json.loads(json.dumps(done["readout"])) and done["steps"] == 3
+    for row in done["probe"]:
+        example = job.training.objective.encode(row, rewarder.renderer)
+        for expected, side in zip(row["outputs"], rewarder.read(example.sides), strict=True):
+            np.testing.assert_allclose(side, expected, atol=1e-4)
 
 
 # The gate.

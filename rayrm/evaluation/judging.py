@@ -10,9 +10,10 @@ from pydantic import Field
 from rayrm import cluster, files
 from rayrm.config import NOT_IDENTITY
 from rayrm.errors import ConfigError
+from rayrm.models.readouts import Comparison
 from rayrm.rows import TEXTS, Preference, map_table, on_kept, set_column
 from rayrm.runs import RowsJob
-from rayrm.scoring.reward_model import RewardModelScorer, RewardModelScoring
+from rayrm.scoring.reward_model import LANGUAGES, Outcome, RewardModelScorer, RewardModelScoring
 from rayrm.splits import is_held_out
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ def find_split(model: str) -> Split:
 def judge_preferences(preferences: Dataset, config: JudgingJob) -> Dataset:
     """Reward both sides of the rows of `config.split`; other rows are dropped and counted as `trained_on`.
 
-    Adds chosen_reward, rejected_reward and status. Raises ResourceError when the cluster can never hold the actors.
+    Adds chosen_reward, rejected_reward and status. A model that compares two completions gives each side log p, where p
+    is the chance that it is the better one; their gap is the log-odds. Raises ResourceError when the cluster can never
+    hold the actors.
     """
     split = find_split(config.reward_model.model) if config.split == "held_out" else None
     workers = config.reward_model.workers
@@ -92,21 +95,24 @@ class JudgeStage:
 
     def judge(self, table: pa.Table) -> pa.Table:
         """`table` with chosen_reward, rejected_reward and status."""
-        names = [name for name in ("prompt", "anchor", "tgt_lang", "chosen", "rejected") if name in table.column_names]
-        rows = table.select(names).to_pylist()
-        scores = self.scorer.score([_question(row, side) for row in rows for side in ("chosen", "rejected")])
-        found = [score[0] for score in scores]
-        chosen, rejected = found[::2], found[1::2]
-        table = set_column(table, "chosen_reward", pa.array([reward for reward, _ in chosen], pa.float64()))
-        table = set_column(table, "rejected_reward", pa.array([reward for reward, _ in rejected], pa.float64()))
-        words = [[first, second] for (_, first), (_, second) in zip(chosen, rejected, strict=True)]
+        read = ("prompt", "anchor", *LANGUAGES, "chosen", "rejected")
+        rows = table.select([name for name in read if name in table.column_names]).to_pylist()
+        found = self._judge([(_question(row, "chosen"), _question(row, "rejected")) for row in rows])
+        for index, name in enumerate(("chosen_reward", "rejected_reward")):
+            table = set_column(table, name, pa.array([pair[index][0] for pair in found], pa.float64()))
+        words = [[status for _, status in pair] for pair in found]
         status = pa.StructArray.from_arrays([pa.array(words, TEXTS)], [self.config.name])
         return set_column(table, "status", status)
+
+    def _judge(self, pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[tuple[Outcome, Outcome]]:
+        if isinstance(self.scorer.rewarder.readout, Comparison):
+            return self.scorer.compare(pairs)
+        scores = self.scorer.score([question for pair in pairs for question in pair])
+        return [(chosen[0], rejected[0]) for chosen, rejected in zip(scores[::2], scores[1::2], strict=True)]
 
 
 def _question(row: dict[str, Any], side: str) -> dict[str, Any]:
     """What the scorer reads: the conversation up to the last message of a side, and that message as the candidate."""
     messages = row[side] or [{"role": "assistant", "content": ""}]
-    candidates = [messages[-1]["content"]]
-    question = {"anchor": row.get("anchor"), "tgt_lang": row["tgt_lang"], "candidates": candidates}
-    return {**question, "prompt": [*row["prompt"], *messages[:-1]]}
+    question = {name: row.get(name) for name in ("anchor", *LANGUAGES)}
+    return {**question, "candidates": [messages[-1]["content"]], "prompt": [*row["prompt"], *messages[:-1]]}

@@ -222,8 +222,9 @@ class Comparison(Config):
 
     def gap(self, forward: Outputs, backward: Outputs) -> float:
         """log p − log(1 − p), where p is the mean, over both orders, of the first completion's share of the words."""
-        p = (sigmoid(forward[0][0] - forward[0][1]) + sigmoid(backward[0][1] - backward[0][0])) / 2
-        return math.log(p) - math.log1p(-p) if 0 < p < 1 else math.copysign(math.inf, p - 0.5)
+        gaps = forward[0][0] - forward[0][1], backward[0][1] - backward[0][0]
+        sure, unsure = ([log_sigmoid(sign * gap) for gap in gaps] for sign in (1, -1))
+        return log_sum(*sure) - log_sum(*unsure)
 
 
 def check_header(renderer: Renderer) -> None:
@@ -237,6 +238,16 @@ def check_header(renderer: Renderer) -> None:
             "The chat template writes no header for the assistant's answer, where a comparison is read; set "
             "chat_template to one that does."
         )
+
+
+def log_sigmoid(value: float) -> float:
+    """log σ(value), finite for any value."""
+    return min(value, 0.0) - math.log1p(math.exp(-abs(value)))
+
+
+def log_sum(first: float, second: float) -> float:
+    """log(exp(first) + exp(second))."""
+    return max(first, second) + math.log1p(math.exp(-abs(first - second)))
 
 
 def sigmoid(value: float) -> float:

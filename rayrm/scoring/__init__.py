@@ -14,7 +14,12 @@ from rayrm.models.folders import check_model
 from rayrm.rows import NUMBERS, TEXTS, set_column, with_hidden
 from rayrm.scoring.bleurt import BleurtScorer, BleurtScoring
 from rayrm.scoring.grammar import GrammarScorer, GrammarScoring
-from rayrm.scoring.reward_model import RewardModelScorer, RewardModelScoring, check_reward_model
+from rayrm.scoring.reward_model import (
+    RewardModelScorer,
+    RewardModelScoring,
+    check_gives_rewards,
+    check_reward_model,
+)
 from rayrm.shards import read_schemas
 
 if TYPE_CHECKING:
@@ -62,7 +67,7 @@ def check_scoring(path: str, config: Scoring) -> None:
     """Find out, before any actor starts, whether the rows at `path` can be scored.
 
     Raises SchemaError when a column is missing without which no row can be scored, ConfigError when another scorer
-    has the name already, and CheckpointError when there is no model.
+    has the name already or a calibration is missing, and CheckpointError when there is no model or one that compares.
     """
     for name, schema in read_schemas(path):
         missing = [column for column in SCORERS[config.type].needs if column not in schema.names]
@@ -76,7 +81,8 @@ def check_scoring(path: str, config: Scoring) -> None:
         if config.name in [field.name for field in kind]:
             raise ConfigError(f"'{name}' has scores named '{config.name}' already; set another scoring.name.")
     if isinstance(config, RewardModelScoring):
-        check_reward_model(config)
+        check_reward_model(config, [path])
+        check_gives_rewards(config.model)
     elif isinstance(config, BleurtScoring):
         check_model(config.model)
 
