@@ -270,6 +270,8 @@ def run_job(main: Callable[[], object]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     for noisy in ("httpx", "urllib3", "filelock", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # It warns of a kernel that CPUs do not need, whether or not anything is held in 4 bits.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         main()
     except Exception as error:

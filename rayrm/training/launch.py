@@ -183,6 +183,7 @@ def prepare_worker(num_cpus: float, use_gpu: bool) -> None:
     if not use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import torch
 
     if not use_gpu:
