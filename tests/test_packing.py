@@ -4,7 +4,6 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rayrm.errors import ConfigError
-from rayrm.models import packing
 from rayrm.models.packing import common_length, make_packable, pack
 
 SIZES = {
@@ -105,13 +104,6 @@ def test_they_are_the_same_with_gradient_checkpointing(family):
     check_equal(network, TREES, 1e-10)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
-@pytest.mark.parametrize("tile", [1, 2, 3])
-def test_they_are_the_same_when_prefixes_and_suffixes_are_cut_into_tiles(family, tile, monkeypatch):
-    monkeypatch.setattr(packing, "CPU_TILE", tile)
-    check_equal(small_model(family), TREES, 1e-10)
-
-
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_trees_may_have_one_sequence_or_many(family):
     trees = [[[5, 6, 7, 8, 9]], [[1, 2, 3, 4, 5, 6], [1, 2, 3, 9], [1, 2, 3, 4, 4, 4, 4], [1, 2, 3, 9, 9]], [[7]]]
@@ -129,8 +121,7 @@ def test_padded_passes_of_a_packable_model_stay_what_they_were():
     torch.testing.assert_close(separate_rewards(network, [rows]), expected, atol=1e-10, rtol=0)
 
 
-def test_bf16_is_kept_and_near(monkeypatch):
-    monkeypatch.setattr(packing, "CPU_TILE", 2)
+def test_bf16_is_kept_and_near():
     network = small_model("mistral", torch.bfloat16)
     expected = separate_rewards(network, TREES)
     make_packable(network)
@@ -162,18 +153,6 @@ def test_a_row_holds_common_prefixes_once():
 )
 def test_the_common_prefix_leaves_every_sequence_a_token(rows, length):
     assert common_length([np.array(row) for row in rows]) == length
-
-
-def test_every_token_is_in_one_tile_that_sees_its_whole_sequence(monkeypatch):
-    monkeypatch.setattr(packing, "CPU_TILE", 3)
-    packed = pack(TREES)
-    tiles = packed.segments.tiles
-    assert [tile.start for tile in tiles[1:]] == [tile.stop for tile in tiles[:-1]]
-    assert max(tile.stop - tile.start for tile in tiles) == 3
-    for places in packed.places:
-        own = next(tile for tile in tiles if tile.stop == places[-1] + 1)
-        seen = [tile for run in own.seen for tile in tiles[slice(*run)]]
-        assert [place for tile in seen for place in range(tile.start, tile.stop)] == places.tolist()
 
 
 def test_weights_make_the_load_of_experts_that_of_separate_passes():

@@ -7,14 +7,13 @@ and then what each of them has of its own:
     positions    0, 1, …, 8      |   9, …, 14     |   9, …, 12       |   0, 1, …
 
 A token attends to its own sequence up to itself and to nothing else, so outputs and gradients are those of a pass over
-each sequence alone. The row is cut into tiles: in each layer a tile is one call of an attention kernel, with the tile's
-queries and the keys of its sequence up to there.
+each sequence alone. In each layer a piece of the row, a prefix or the rest of a sequence, is one call of an attention
+kernel, with the piece's queries and the keys of its sequence.
 """
 
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -26,43 +25,30 @@ from rayrm.errors import ConfigError
 
 ATTENTION = "rayrm_packed"
 """Name of this attention among those of transformers."""
-CPU_TILE = 128
-"""Size of tiles on a CPU, whose kernels compute hidden keys too; larger after many tokens, since a tile reads them all.
-"""
-
 Ids = Sequence[int] | np.ndarray
 """Token ids of a sequence, one or more."""
-Run = tuple[int, int]
-"""Numbers of consecutive tiles: the first one, and the one after the last."""
 
 
-class Tile(NamedTuple):
-    """Consecutive tokens of the row that belong to the same sequences."""
+class Piece(NamedTuple):
+    """Consecutive tokens of the row that belong to the same sequences: a common prefix, or what is left of a sequence."""
 
-    start: int
-    """Place in the row of the first token."""
-    stop: int
-    """Place in the row after the last token."""
+    size: int
+    """Its tokens."""
     position: int
-    """Position of the first token in its sequence."""
-    seen: tuple[Run, ...]
-    """The tiles that hold its sequence from the beginning to the end of this tile."""
-
-    @property
-    def size(self) -> int:
-        """Its tokens."""
-        return self.stop - self.start
+    """Position of its first token: how many tokens its sequence has before it."""
+    prefix: int | None
+    """Number of the piece that holds those tokens; None where there are none."""
 
 
 class Call(NamedTuple):
     """One call of an attention kernel."""
 
-    tile: Tile
+    piece: Piece
     """Its queries."""
     first: int
-    """Position in its sequence of the first key."""
+    """Position of the first key."""
     mask: torch.Tensor | None
-    """[1, 1, queries, keys]: 0 where a query sees a key, else -inf. None where the keys are the tile's own and plainly
+    """[1, 1, queries, keys]: 0 where a query sees a key, else -inf. None where the keys are the piece's own and plainly
     causal."""
 
 
@@ -70,11 +56,11 @@ class Call(NamedTuple):
 class Segments:
     """How the attention of all layers cuts a row."""
 
-    tiles: tuple[Tile, ...]
-    """All tiles in the order of the row, without gaps."""
+    pieces: list[Piece]
+    """All pieces in the order of the row."""
     longest: int
     """Tokens of the longest sequence."""
-    _known: dict[tuple[int, torch.dtype], list[Call]] = field(default_factory=dict)
+    _known: dict[tuple[int, torch.dtype, torch.device], list[Call]] = field(default_factory=dict)
 
     def calls(self, window: int | None, like: torch.Tensor) -> list[Call]:
         """The calls of a layer whose queries see `window` tokens, themselves included, or all before them (None).
@@ -82,23 +68,25 @@ class Segments:
         Masks have the type and the device of `like`. Layers with the same window share them.
         """
         window = min(window or self.longest, self.longest)
-        if (window, like.dtype) not in self._known:
-            self._known[window, like.dtype] = list(_calls(self, window, like))
-        return self._known[window, like.dtype]
+        key = (window, like.dtype, like.device)
+        if key not in self._known:
+            self._known[key] = list(_calls(self, window, like))
+        return self._known[key]
 
 
 def _calls(segments: Segments, window: int, like: torch.Tensor) -> Iterator[Call]:
-    longest, masked = segments.longest, [tile for tile in segments.tiles if tile.position or tile.size > window]
-    # Keys against the queries of any tile: both are counted from its first token, which is column `longest`.
-    most = max((tile.size for tile in masked), default=0)
+    longest, masked = segments.longest, [piece for piece in segments.pieces if piece.position or piece.size > window]
+    # Any piece's queries against keys; both are counted from its first token, which is column `longest`.
+    most = max((piece.size for piece in masked), default=0)
     ahead = torch.arange(-longest, most, device=like.device) - torch.arange(most, device=like.device)[:, None]
     mask = like.new_zeros(ahead.shape).masked_fill_((ahead > 0) | (ahead <= -window), -torch.inf)[None, None]
-    for tile in segments.tiles:
-        if tile.position or tile.size > window:
-            first = max(0, tile.position - window + 1)
-            yield Call(tile, first, mask[:, :, : tile.size, longest - tile.position + first : longest + tile.size])
+    for piece in segments.pieces:
+        if piece.position or piece.size > window:
+            first = max(0, piece.position - window + 1)
+            begin = longest - piece.position + first
+            yield Call(piece, first, mask[:, :, : piece.size, begin : longest + piece.size])
         else:
-            yield Call(tile, 0, None)
+            yield Call(piece, 0, None)
 
 
 class Packed(NamedTuple):
@@ -128,39 +116,33 @@ class Packed(NamedTuple):
 
 
 def pack(trees: Sequence[Sequence[Ids]], device: torch.device | str = "cpu") -> Packed:
-    """All sequences of all trees in one row on `device`, where attention is to be computed.
+    """All sequences of all trees in one row.
 
     The common prefix leaves every sequence of a tree its last token, so that each can be read at one of its own.
     """
-    device = torch.device(device)
-    most = CPU_TILE if device.type == "cpu" else None
-    tiles: list[Tile] = []
+    pieces: list[Piece] = []
     ids, positions, uses, places = [], [], [], []
     end = 0
     for tree in trees:
         rows = [np.asarray(sequence, np.int64) for sequence in tree]
         shared = common_length(rows)
-        prefix, first = np.arange(end, end + shared), len(tiles)
-        _add_tiles(tiles, end, 0, shared, most, None)
-        run = (first, len(tiles)) if shared else None
-        ids.append(rows[0][:shared])
-        positions.append(np.arange(shared))
-        uses.append(np.full(shared, len(rows)))
-        end += shared
-        for row in rows:
-            own = len(row) - shared
-            _add_tiles(tiles, end, shared, own, most, run)
-            ids.append(row[shared:])
-            positions.append(np.arange(shared, len(row)))
-            uses.append(np.ones(own, np.int64))
-            places.append(np.concatenate([prefix, np.arange(end, end + own)]))
-            end += own
-    longest = max(len(found) for found in places)
+        before, number = np.arange(end, end + shared), len(pieces) if shared else None
+        spans = [(rows[0], 0, shared)] if shared else []
+        spans += [(row, shared, len(row)) for row in rows]
+        for row, begin, stop in spans:
+            is_rest = stop > shared
+            pieces.append(Piece(stop - begin, begin, number if is_rest else None))
+            ids.append(row[begin:stop])
+            positions.append(np.arange(begin, stop))
+            uses.append(np.full(stop - begin, 1 if is_rest else len(rows)))
+            if is_rest:
+                places.append(np.concatenate([before, np.arange(end, end + stop - begin)]))
+            end += stop - begin
     input_ids, position_ids, weights = (
         torch.from_numpy(np.concatenate(parts)).to(device)[None] for parts in (ids, positions, uses)
     )
     last = torch.tensor([found[-1] for found in places], device=device)
-    return Packed(input_ids, position_ids, Segments(tuple(tiles), longest), weights, last, places)
+    return Packed(input_ids, position_ids, Segments(pieces, max(map(len, places))), weights, last, places)
 
 
 def common_length(rows: Sequence[np.ndarray]) -> int:
@@ -172,23 +154,6 @@ def common_length(rows: Sequence[np.ndarray]) -> int:
         differing = np.flatnonzero(common != row[: len(common)])
         common = common[: differing[0]] if differing.size else common
     return len(common)
-
-
-def _add_tiles(tiles: list[Tile], start: int, position: int, length: int, most: int | None, shared: Run | None) -> None:
-    """Add tokens as tiles of like size that see the shared tiles, those of them that came before, and themselves."""
-    first = len(tiles)
-    most = most and max(most, (position + length) // 8)
-    number = -(-length // most) if most else min(length, 1)
-    cuts = [start + length * part // max(number, 1) for part in range(number + 1)]
-    for low, high in itertools.pairwise(cuts):
-        own = (first, len(tiles) + 1)
-        if shared is None:
-            seen: tuple[Run, ...] = (own,)
-        elif shared[1] == first:
-            seen = ((shared[0], own[1]),)
-        else:
-            seen = (shared, own)
-        tiles.append(Tile(low, high, position + low - start, seen))
 
 
 def packed_attention(
@@ -213,26 +178,21 @@ def packed_attention(
         padded, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return padded, None
     _check_layer(module, options)
-    sizes = [tile.size for tile in segments.tiles]
+    sizes = [piece.size for piece in segments.pieces]
     queries, keys, values = (whole.split(sizes, dim=2) for whole in (query, key, value))
     outputs = []
-    for part, call in zip(queries, segments.calls(_window(module, options), query), strict=True):
-        seen, first = call.tile.seen, call.first
+    for number, call in enumerate(segments.calls(_window(module, options), query)):
+        seen = [number] if call.piece.prefix is None else [call.piece.prefix, number]
+        key, value = (_join([parts[n] for n in seen])[:, :, call.first :] for parts in (keys, values))
         output, _ = sdpa_attention_forward(
-            module,
-            part,
-            _join(keys, seen)[:, :, first:],
-            _join(values, seen)[:, :, first:],
-            call.mask,
-            scaling=options.get("scaling"),
+            module, queries[number], key, value, call.mask, scaling=options.get("scaling")
         )
         outputs.append(output)
     return torch.cat(outputs, dim=1), None
 
 
-def _join(parts: Sequence[torch.Tensor], runs: Sequence[Run]) -> torch.Tensor:
-    chosen = [part for run in runs for part in parts[slice(*run)]]
-    return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=2)
+def _join(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def _check_layer(module: Any, options: dict[str, Any]) -> None:
