@@ -37,6 +37,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/pairing.py
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/ray_data.py
+	$(BIN)/python benchmarks/reward_training.py
 
 lock: $(READY)
 	$(BIN)/pip install --quiet uv
