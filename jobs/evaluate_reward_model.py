@@ -20,9 +20,10 @@ from rayrm.evaluation.judging import JudgingJob, find_split, judge_preferences
 from rayrm.evaluation.preference_report import JudgedSet, build_report, judge_set, summary_table
 from rayrm.evaluation.preferences import BootstrapConfig, JudgedPreference, flatten
 from rayrm.evaluation.report import format_table, write_report
+from rayrm.models.folders import read_mark
 from rayrm.rows import Preference
 from rayrm.runs import INPUT, finish_run, start_run, transform_rows, versions
-from rayrm.scoring.reward_model import check_reward_model, find_mark
+from rayrm.scoring.reward_model import check_reward_model
 from rayrm.shards import iter_tables, read_table
 from rayrm.splits import is_held_out
 
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sets = {MAIN: config.input, **config.agreement}
     check(config, sets)
     report = files.join(config.output, REPORT)
-    is_verified = "rendering" in find_mark(config.reward_model.model)
+    is_verified = "rendering" in read_mark(config.reward_model.model)
     if start_run(config):
         judged = [judge_rows(config, name, path) for name, path in sets.items()]
         metrics = {part.name: flatten(part.slices) for part in judged}

@@ -291,7 +291,7 @@ def kind(language_model, tmp_path, request):
     import torch
 
     from rayrm.models.gating import Gate, GatedHead, save_gate
-    from rayrm.models.reward_model import load_reward_model
+    from rayrm.models.reward_model import NewHead, load_reward_model
     from rayrm.models.rewarder import Rendering, load_rewarder
 
     readout = READOUTS[request.param]
@@ -299,7 +299,7 @@ def kind(language_model, tmp_path, request):
     shutil.copytree(language_model, folder)
     if not isinstance(readout, Comparison):
         num_outputs = len(getattr(readout, "names", "1"))
-        network = load_reward_model(language_model, num_outputs=num_outputs, head_seed=3).network
+        network = load_reward_model(language_model, num_outputs=num_outputs, new_head=NewHead(3)).network
         network.save_pretrained(folder)
     if isinstance(readout, Gated):
         torch.manual_seed(0)

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from rayrm.errors import CheckpointError
-from rayrm.models.foreign import find_layout, stored_mean_std
+from rayrm.models.foreign import find_layout
 
 HIDDEN, OBJECTIVES = 32, 19
 ROWS = [[1, 7, 9, 30, 2], [1, 5, 6, 7, 8, 9, 10, 11, 2]]
@@ -119,7 +119,6 @@ def test_openrlhf_head_in_sharded_files(policy, tmp_path, architecture):
     save_shards(tmp_path, [first, weights | {"value_head.weight": head}], "safetensors")
     layout = check_rewards(tmp_path, policy, head)
     assert (layout.name, layout.num_labels, layout.head_bias, layout.key_mapping) == ("openrlhf", 1, None, {})
-    assert stored_mean_std(AutoConfig.from_pretrained(tmp_path)) == (0.25, 2.0)
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "bin"])
@@ -307,18 +306,3 @@ def test_broken_index_and_missing_shard_are_refused(policy, tmp_path):
         index.write_text(text)
         with pytest.raises(CheckpointError, match=r"its model.safetensors.index.json cannot be read"):
             find_layout(str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({"mean": -1, "std": 0.5}, (-1.0, 0.5)),
-        ({}, None),
-        ({"mean": 1.0}, None),
-        ({"mean": float("nan"), "std": 1.0}, None),
-        ({"mean": 0.0, "std": 0.0}, None),
-        ({"mean": [0.5, 0.5], "std": [0.5, 0.5]}, None),
-    ],
-)
-def test_mean_and_std_count_where_they_are_usable_numbers(fields, expected):
-    assert stored_mean_std(SimpleNamespace(**fields)) == expected

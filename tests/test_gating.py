@@ -17,7 +17,7 @@ from rayrm.training.gating import (
     find_penalties,
     find_transform,
     fit_gate,
-    gate_loss,
+    gate_losses,
     reward_gaps,
     transform_matrix,
 )
@@ -234,7 +234,7 @@ def test_loss_and_its_gradient_by_hand():
         gate.layers[0].weight.zero_()
         gate.layers[0].bias.zero_()
     gaps = reward_gaps(gate, np.ones((4, 3)), np.array([[1.0, -1.0]] * 4))
-    loss = gate_loss(gaps)
+    loss = gate_losses(gaps).mean()
     loss.backward()
     # Even weights make the gap 0 and the loss log 2. A logit moves its weight by ½·½/10, the other's by the opposite,
     # and so the gap by 2·½·½/10 = 0.05; the loss falls by half of that.
@@ -243,7 +243,7 @@ def test_loss_and_its_gradient_by_hand():
     assert gate.layers[0].bias.grad.tolist() == pytest.approx([-0.025, 0.025])
     assert gate.layers[0].weight.grad.flatten().tolist() == pytest.approx([-0.025] * 3 + [0.025] * 3)
     assert gate.logit_scale.grad.item() == 0
-    assert gate_loss(torch.tensor([-1e4, 1e4])).item() == pytest.approx(5e3)
+    assert gate_losses(torch.tensor([-1e4, 1e4])).tolist() == [1e4, 0.0]
 
 
 def two_kinds(num_pairs=1200, hidden=8, seed=0):
@@ -257,7 +257,15 @@ def two_kinds(num_pairs=1200, hidden=8, seed=0):
     differences[np.arange(num_pairs), 1 - right] = -random.uniform(1, 2, num_pairs)
     rejected = random.normal(size=(num_pairs, 2))
     is_held_out = np.arange(num_pairs) % 4 == 0
-    return GatePairs(prompts, rejected + differences, rejected, is_held_out)
+    return GatePairs(prompts, rejected + differences, rejected, is_held_out, np.ones(num_pairs, np.float32))
+
+
+def test_pairs_without_weight_teach_a_gate_nothing():
+    pairs = two_kinds(400)._replace(is_held_out=np.zeros(400, bool))
+    turned = pairs._replace(chosen=pairs.rejected, rejected=pairs.chosen, weights=np.zeros(400, np.float32))
+    seen, unseen = (pairs._replace(is_held_out=np.full(400, is_out)) for is_out in (False, True))
+    every = [np.concatenate(parts) for parts in zip(seen, turned, unseen, strict=True)]
+    assert fit_gate(GatePairs(*every), np.eye(2), SMALL, seed=0).history[-1]["eval_accuracy"] > 0.9
 
 
 def test_gate_learns_what_no_constant_mixture_can():

@@ -223,7 +223,7 @@ def test_correlation_and_its_gradient_agree_with_numpy_and_autograd():
 
 
 def test_odins_gradient_is_that_of_the_whole_batch_whatever_the_micro_batch(data, tmp_path, alone):
-    found = []
+    found, losses = [], []
     for size in (2, 14):
         job = base.make_job(
             data, tmp_path / f"run{size}", micro_batch_size=size, max_steps=2, objective={"type": "odin"}
@@ -231,7 +231,9 @@ def test_odins_gradient_is_that_of_the_whole_batch_whatever_the_micro_batch(data
         trainer = base.start(job)
         trainer.train(show_progress=False)
         found.append(base.weights_of(trainer))
+        losses.append([record["loss"] for record in trainer.history if "loss" in record])
     base.assert_same_weights(*found, 2e-5)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert found[0]["score.weight"].shape == (2, 64)
 
 

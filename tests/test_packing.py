@@ -4,7 +4,9 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rayrm.errors import ConfigError
+from rayrm.models.inputs import packed_batch
 from rayrm.models.packing import common_length, make_packable, pack
+from rayrm.models.reward_model import Penalties, RewardHead, RewardModel
 
 SIZES = {
     "vocab_size": 50,
@@ -164,10 +166,11 @@ def test_weights_make_the_load_of_experts_that_of_separate_passes():
     logits = network.base_model(ids, use_cache=False, output_router_logits=True).router_logits
     expected = load_balancing_loss_func(logits, 4, 2, torch.ones_like(ids))
     make_packable(network)
-    packed = pack([tree])
-    output = network.base_model(packed.input_ids, use_cache=False, output_router_logits=True, **packed.inputs())
-    found = load_balancing_loss_func(output.router_logits, 4, 2, packed.uses)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    network.score = RewardHead(network.config.hidden_size, 1, bias=False)
+    model = RewardModel(network).train()
+    model.penalties = Penalties(router=2.0)
+    _, found = model(**packed_batch([tree], [(0, [4]), (1, [4])], "cpu"))
+    torch.testing.assert_close(found, 2 * expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

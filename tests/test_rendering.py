@@ -52,6 +52,20 @@ def test_a_template_that_writes_bos_itself_gives_one_bos(plain):
     assert ids.count(plain.bos_token_id) == 1 and ids[0] == plain.bos_token_id
 
 
+def test_a_bos_in_a_text_adds_none_to_that_of_the_template(plain):
+    template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    prompt = [{"role": "user", "content": f"{plain.bos_token}the cat"}]
+    ids = Renderer(plain, template).pair_ids(prompt, "sat").ids
+    assert ids.count(plain.bos_token_id) == 1 and ids[0] == plain.bos_token_id
+
+
+def test_truncation_keeps_a_bos_that_only_the_template_writes(chat):
+    template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    whole = Renderer(chat, template).pair_ids(PROMPT, "sat")
+    cut = Renderer(chat, template, len(whole.ids) - 1).pair_ids(PROMPT, "sat")
+    assert cut.status == "truncated" and cut.ids == [chat.bos_token_id, *whole.ids[2:]]
+
+
 def test_truncation_cuts_the_prompts_left_and_keeps_bos_and_completion(plain):
     whole = renderer(plain, template="none").pair_ids(PROMPT, "sat")
     cut = renderer(plain, len(whole.ids) - 2, "none").pair_ids(PROMPT, "sat")

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rayrm.errors import CheckpointError
 from rayrm.models.creation import CreationConfig, create_model
 from rayrm.models.inputs import padded_batch
-from rayrm.models.reward_model import load_padding_tokenizer, load_reward_model
+from rayrm.models.reward_model import NewHead, load_padding_tokenizer, load_reward_model
 from rayrm.models.rewarder import Rendering, load_rewarder
 from rayrm.scoring.reward_model import RewardModelScorer, RewardModelScoring
 
@@ -29,7 +29,7 @@ def reward_path(policy, tmp_path_factory):
     """A reward model as training saves it, without the completion mark."""
     path = str(tmp_path_factory.mktemp("reward"))
     tokenizer = load_padding_tokenizer(policy)
-    network = load_reward_model(policy, head_seed=3).network
+    network = load_reward_model(policy, new_head=NewHead(3)).network
     network.config.pad_token_id = tokenizer.pad_token_id
     network.save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -81,11 +81,21 @@ def test_reward_is_read_at_the_last_attended_token_whatever_its_id(reward_path):
 
 
 def test_head_is_drawn_from_its_seed_and_computes_in_fp32(policy):
-    heads = [load_reward_model(policy, head_seed=seed).network.score.weight for seed in (0, 0, 1)]
+    heads = [load_reward_model(policy, new_head=NewHead(seed)).network.score.weight for seed in (0, 0, 1)]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
     assert 0.015 < heads[0].std() < 0.025
-    half = load_reward_model(policy, head_seed=0, dtype=torch.bfloat16)
+    inits = {"inverse_width": 1 / (heads[0].shape[1] + 1), "zero": 0.0}
+    for init, std in inits.items():
+        head = load_reward_model(policy, new_head=NewHead(0, init)).network.score.weight
+        assert head.std().item() == pytest.approx(std, rel=0.25)
+    half = load_reward_model(policy, new_head=NewHead(0), dtype=torch.bfloat16)
     assert half(torch.tensor([[5, 6]]), torch.tensor([[1]]))[0].dtype == torch.float32
+
+
+def test_a_trained_head_stays_fp32_in_a_network_of_bf16(reward_path):
+    whole, half = (load_reward_model(reward_path, dtype=dtype).network for dtype in (torch.float32, torch.bfloat16))
+    assert half.score.weight.dtype == torch.float32 and half.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert torch.equal(half.score.weight, whole.score.weight)
 
 
 def test_checkpoint_without_a_head_is_refused(policy):
@@ -98,7 +108,7 @@ def test_head_of_a_name_that_nobody_uses_is_refused_even_where_a_new_head_is_wel
     weights["my_head.weight"] = weights.pop("score.weight")
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"it holds my_head.weight"):
-        load_reward_model(str(copy), head_seed=0)
+        load_reward_model(str(copy), new_head=NewHead(0))
 
 
 def test_head_of_another_trainer_gives_its_rewards_and_its_constant_is_left_out_of_training(copy, reward_path):
@@ -108,7 +118,7 @@ def test_head_of_another_trainer_gives_its_rewards_and_its_constant_is_left_out_
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
     save_file(head, copy / "value_head.safetensors", {"format": "pt"})
     assert load_rewarder(str(copy)).rewards([(PROMPT, "on the mat")])[0][0] == pytest.approx(expected + 0.5, abs=1e-5)
-    trained = load_reward_model(str(copy), head_seed=7).network
+    trained = load_reward_model(str(copy), new_head=NewHead(7)).network
     assert trained.score.bias is None and torch.equal(trained.score.weight, head["v_head.summary.weight"])
     with pytest.raises(CheckpointError, match="has 1 outputs; a reward model of this kind has 2"):
         load_reward_model(str(copy), num_outputs=2)
@@ -136,7 +146,7 @@ def test_missing_weights_two_labels_and_broken_files_are_refused(copy, tmp_path)
     lacking = {name: tensor for name, tensor in weights.items() if "layers.1.mlp.up_proj" not in name}
     save_file(lacking, copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"lacks model.layers.1.mlp.up_proj.weight"):
-        load_reward_model(str(copy), head_seed=0)
+        load_reward_model(str(copy), new_head=NewHead(0))
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b"}}))
     with pytest.raises(CheckpointError, match="has 2 outputs; a reward model of this kind has 1"):
@@ -161,6 +171,51 @@ def test_a_spare_token_of_the_vocabulary_pads_where_there_is_no_other(policy, tm
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(tmp_path)
     assert load_padding_tokenizer(str(tmp_path)).pad_token == "<|vision_pad|>"
+
+
+def test_a_turns_end_pads_where_there_is_nothing_else_and_no_model_says_so(policy, caplog):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    from rayrm.models.reward_model import pad_id_of
+
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "<end>": 1}, "a")), eos_token="<end>")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rayrm.models.reward_model.load_tokenizer", lambda path: words)
+        tokenizer = load_padding_tokenizer("here")
+    assert tokenizer.pad_token == "<end>" and pad_id_of(tokenizer) is None and "one row at a time" in caplog.text
+    assert pad_id_of(load_padding_tokenizer(policy)) == load_padding_tokenizer(policy).pad_token_id
+
+
+def test_the_mark_of_a_model_on_the_hub_is_read(copy, monkeypatch):
+    from huggingface_hub.errors import EntryNotFoundError
+
+    from rayrm.models.folders import read_mark
+
+    asked = []
+
+    def download(hub_id, name):
+        asked.append((hub_id, name))
+        if not (copy / name).exists():
+            raise EntryNotFoundError("no such file")
+        return str(copy / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert read_mark("owner/model") == {}
+    mark(copy)
+    assert read_mark("owner/model") == read_mark(str(copy)) != {}
+    assert asked == [("owner/model", "rayrm.json")] * 2
+
+
+def test_tools_of_a_row_are_shown_when_it_is_scored(copy):
+    template = "{{ tools }}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    (copy / "chat_template.jinja").write_text(template)
+    scorer = RewardModelScorer(RewardModelScoring(model=str(copy)))
+    row = {"prompt": PROMPT, "candidates": ["sat"], "anchor": None, "tgt_lang": None}
+    given = [row, row | {"tools": '[{"name": "a"}]'}, row | {"tools": "{"}]
+    (plain,), (shown,), (broken,) = scorer.score(given)
+    assert plain[1] == shown[1] == "ok" and plain[0] != shown[0] and broken == (None, "error")
 
 
 def test_a_marked_checkpoint_is_rendered_as_it_was_trained(copy, caplog):

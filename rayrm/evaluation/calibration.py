@@ -15,6 +15,7 @@ from rayrm import files
 from rayrm.errors import CheckpointError, ConfigError, EvaluationError
 from rayrm.evaluation.judging import JudgingJob, find_split
 from rayrm.evaluation.report import Table
+from rayrm.models.folders import read_mark
 from rayrm.rows import Preference
 from rayrm.scoring.reward_model import (
     LANGUAGES,
@@ -22,7 +23,6 @@ from rayrm.scoring.reward_model import (
     Spread,
     check_gives_rewards,
     check_reward_model,
-    find_mark,
     language_of,
 )
 
@@ -44,7 +44,7 @@ def check_calibrating(config: JudgingJob) -> None:
             "rewards; leave it out."
         )
     check_reward_model(config.reward_model)
-    if "digest" not in find_mark(model):
+    if "digest" not in read_mark(model):
         raise CheckpointError(
             f"'{model}' has no completion mark {files.CHECKPOINT_MARK}, which holds a calibration; calibrate a model "
             "that train_reward_model has made."
@@ -90,7 +90,7 @@ def _measure(values: np.ndarray[Any, np.dtype[np.float64]]) -> Spread | None:
 
 def store_calibration(model: str, calibration: Calibration) -> None:
     """Write `calibration` into the completion mark of the checkpoint `model`, whose identity stays as it is."""
-    mark, stored = find_mark(model), calibration.model_dump()
+    mark, stored = read_mark(model), calibration.model_dump()
     if mark.get("calibration") != stored:
         files.write_json(files.join(model, files.CHECKPOINT_MARK), {**mark, "calibration": stored})
 

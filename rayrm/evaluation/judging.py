@@ -10,6 +10,7 @@ from pydantic import Field
 from rayrm import cluster, files
 from rayrm.config import NOT_IDENTITY
 from rayrm.errors import ConfigError
+from rayrm.models.folders import read_mark
 from rayrm.models.readouts import Comparison
 from rayrm.rows import TEXTS, Preference, map_table, on_kept, set_column
 from rayrm.runs import RowsJob
@@ -43,8 +44,7 @@ def find_split(model: str) -> Split:
 
     Raises ConfigError when the mark is not there or when the training held nothing out.
     """
-    mark = files.read_json(files.join(model, files.CHECKPOINT_MARK)) or {}
-    training = mark.get("config", {}).get("training", {})
+    training = read_mark(model).get("config", {}).get("training", {})
     if not training.get("held_out_fraction"):
         raise ConfigError(
             f"split is 'held_out', and '{files.join(model, files.CHECKPOINT_MARK)}' names no held-out share; "
@@ -95,7 +95,7 @@ class JudgeStage:
 
     def judge(self, table: pa.Table) -> pa.Table:
         """`table` with chosen_reward, rejected_reward and status."""
-        read = ("prompt", "anchor", *LANGUAGES, "chosen", "rejected")
+        read = ("prompt", "anchor", "tools", *LANGUAGES, "chosen", "rejected")
         rows = table.select([name for name in read if name in table.column_names]).to_pylist()
         found = self._judge([(_question(row, "chosen"), _question(row, "rejected")) for row in rows])
         for index, name in enumerate(("chosen_reward", "rejected_reward")):
@@ -114,5 +114,5 @@ class JudgeStage:
 def _question(row: dict[str, Any], side: str) -> dict[str, Any]:
     """What the scorer reads: the conversation up to the last message of a side, and that message as the candidate."""
     messages = row[side] or [{"role": "assistant", "content": ""}]
-    question = {name: row.get(name) for name in ("anchor", *LANGUAGES)}
+    question = {name: row.get(name) for name in ("anchor", "tools", *LANGUAGES)}
     return {**question, "candidates": [messages[-1]["content"]], "prompt": [*row["prompt"], *messages[:-1]]}

@@ -44,10 +44,33 @@ def _check_hub(path: str) -> None:
     try:
         hf_hub_download(path, "config.json")
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".:")
-        raise CheckpointError(
-            f"There is neither a folder '{path}' nor a model of that name on the hub that can be reached: {reason}."
-        ) from error
+        raise _no_such_model(path, error) from error
+
+
+def read_mark(path: str) -> dict[str, Any]:
+    """The completion mark of the model at `path`, a folder or a hub id; empty where it was not trained here.
+
+    Raises CheckpointError when the hub cannot be asked.
+    """
+    if files.is_hub_id(path):
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            path = str(Path(hf_hub_download(path, files.CHECKPOINT_MARK)).parent)
+        except EntryNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise _no_such_model(path, error) from error
+    mark: dict[str, Any] = files.read_json(files.join(path, files.CHECKPOINT_MARK)) or {}
+    return mark
+
+
+def _no_such_model(path: str, error: Exception) -> CheckpointError:
+    reason = str(error).strip().splitlines()[0].rstrip(".:")
+    return CheckpointError(
+        f"There is neither a folder '{path}' nor a model of that name on the hub that can be reached: {reason}."
+    )
 
 
 def local_model(path: str) -> str:
@@ -88,10 +111,7 @@ def local_folder(path: str) -> str:
         if not any(Path(found).glob("*.safetensors")):
             found = snapshot_download(path, allow_patterns=[*wanted, "*.bin"])
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".:")
-        raise CheckpointError(
-            f"There is neither a folder '{path}' nor a model of that name on the hub that can be reached: {reason}."
-        ) from error
+        raise _no_such_model(path, error) from error
     return str(found)
 
 

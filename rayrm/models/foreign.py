@@ -7,7 +7,6 @@ Transformers' `AutoModelForSequenceClassification` loads the decoder of each of 
 from __future__ import annotations
 
 import json
-import math
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -109,18 +108,6 @@ def find_layout(folder: str) -> ForeignLayout | None:
         gate={name: tensors[name] for name in gate_shapes},
         gate_temperature=float(getattr(config, "gating_temperature", 10)) if gate_shapes else None,
     )
-
-
-def stored_mean_std(config: Any) -> tuple[float, float] | None:
-    """Mean and standard deviation of raw rewards that OpenRLHF leaves in a model's config, whatever its head is called.
-
-    OpenRLHF applies them only on request: (reward - mean) / std. None where either is no finite number or std is not
-    positive.
-    """
-    mean, std = (getattr(config, name, None) for name in ("mean", "std"))
-    if not isinstance(mean, int | float) or not isinstance(std, int | float):
-        return None
-    return (float(mean), float(std)) if math.isfinite(mean) and 0 < std < math.inf else None
 
 
 def _bias_of(head: str) -> str:

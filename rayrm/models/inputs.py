@@ -38,16 +38,21 @@ def padded_batch(
     return {"input_ids": ids, "attention_mask": mask, "reads": torch.tensor(flat, device=device)}
 
 
-def packed_batch(trees: Sequence[Sequence[Any]], reads: Sequence[Sequence[int]], device: Any) -> dict[str, Any]:
-    """What `RewardModel.forward` takes for trees of as many sequences each, which compute what they share once.
+def packed_batch(
+    trees: Sequence[Sequence[Any]], reads: Sequence[tuple[int, Sequence[int]]], device: Any
+) -> dict[str, Any]:
+    """What `RewardModel.forward` takes for trees of sequences, each of which computes what they share once.
 
-    The network must be packable. `reads` are those of all trees' first sequences, then of their second ones, and so on;
-    a sequence with fewer reads than others points to the row's first token.
+    The network must be packable. `reads` holds, in the order of the outputs, a sequence, by its number through all
+    trees, and its positions; one with fewer reads than others points to the row's first token.
     """
     packed = pack(trees, device)
-    num_sides, most = len(trees[0]), max(len(positions) for positions in reads)
-    flat = np.zeros((len(reads), most), np.int64)
-    for index, positions in enumerate(reads):
-        side, tree = divmod(index, len(trees))
-        flat[index, : len(positions)] = packed.places[tree * num_sides + side][list(positions)]
-    return {"input_ids": packed.input_ids, "reads": torch.from_numpy(flat).to(device), **packed.inputs()}
+    flat = np.zeros((len(reads), max(len(positions) for _, positions in reads)), np.int64)
+    for index, (sequence, positions) in enumerate(reads):
+        flat[index, : len(positions)] = packed.places[sequence][list(positions)]
+    return {
+        "input_ids": packed.input_ids,
+        "reads": torch.from_numpy(flat).to(device),
+        "uses": packed.uses,
+        **packed.inputs(),
+    }

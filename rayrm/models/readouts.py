@@ -18,7 +18,7 @@ from rayrm.rows import Message
 
 if TYPE_CHECKING:
     from rayrm.models.rendering import Renderer
-    from rayrm.models.reward_model import RewardModel
+    from rayrm.models.reward_model import NewHead, RewardModel
 
 Outputs = Sequence[Sequence[float]]
 """What a model gave at each token that was read, [reads][outputs]."""
@@ -43,11 +43,11 @@ class _Decoder(Config):
         """Outputs of the head."""
         return 1
 
-    def load(self, path: str, tokenizer: Any, *, head_seed: int | None = None, **settings: Any) -> RewardModel:
+    def load(self, path: str, tokenizer: Any, *, new_head: NewHead | None = None, **settings: Any) -> RewardModel:
         """`load_reward_model` with as many outputs as this readout reads."""
         from rayrm.models.reward_model import load_reward_model
 
-        return load_reward_model(path, num_outputs=self.num_outputs, head_seed=head_seed, **settings)
+        return load_reward_model(path, num_outputs=self.num_outputs, new_head=new_head, **settings)
 
     def encode(self, renderer: Renderer, prompt: Sequence[Message], completion: str) -> Encoded:
         """A prompt with a completion, read at the token that ends the assistant's turn."""
@@ -150,7 +150,7 @@ class Gated(_Decoder):
         """The reward, the scores and their weights."""
         return 1 + 2 * len(self.names)
 
-    def load(self, path: str, tokenizer: Any, *, head_seed: int | None = None, **settings: Any) -> RewardModel:
+    def load(self, path: str, tokenizer: Any, *, new_head: NewHead | None = None, **settings: Any) -> RewardModel:
         """`load_gated_model`; there is no head to draw."""
         from rayrm.models.reward_model import load_gated_model
 
@@ -186,7 +186,7 @@ class Comparison(Config):
         """One a word."""
         return 2
 
-    def load(self, path: str, tokenizer: Any, *, head_seed: int | None = None, **settings: Any) -> RewardModel:
+    def load(self, path: str, tokenizer: Any, *, new_head: NewHead | None = None, **settings: Any) -> RewardModel:
         """`load_comparing_model` with the tokens of the words; there is no head to draw."""
         from rayrm.models.reward_model import load_comparing_model
 

@@ -132,7 +132,8 @@ class Renderer:
         """`encode` for many texts in one call of the tokenizer."""
         rows = [list(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
         if self.bos is not None:
-            rows = [ids if ids and ids[0] == self.bos else [self.bos, *ids] for ids in rows]
+            # A template may write one, or, with one in the text that it is given, two.
+            rows = [[self.bos, *ids[_leading(ids, self.bos) :]] for ids in rows]
         return rows
 
     def prompt_ids(self, prompt: Sequence[Message]) -> list[int]:
@@ -153,7 +154,7 @@ class Renderer:
         excess = len(head) + len(tail) - self.max_length if self.max_length is not None else 0
         if excess <= 0:
             return Rendered(head + tail, len(head), "ok")
-        first = 1 if self.bos is not None else 0
+        first = 1 if head and head[0] == self.tokenizer.bos_token_id else 0
         if excess > len(head) - first:
             return Rendered([], 0, "overlength")
         head = head[:first] + head[first + excess :]
@@ -166,6 +167,7 @@ class Renderer:
             "template": template,
             "bos_token_id": self.bos,
             "eos_token_id": self.tokenizer.eos_token_id,
+            "pad_token_id": self.tokenizer.pad_token_id,
             "max_length": self.max_length,
             "truncation": "prompt_left",
             "pooling": "last_attended",
@@ -181,6 +183,11 @@ class Renderer:
                 add_generation_prompt=add_generation_prompt,
             )
         )
+
+
+def _leading(ids: Sequence[int], token: int) -> int:
+    """How many times `ids` begin with `token`."""
+    return next((index for index, found in enumerate(ids) if found != token), len(ids))
 
 
 def _adds_bos(tokenizer: Any) -> bool:

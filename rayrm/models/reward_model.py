@@ -9,17 +9,20 @@ verdict.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from rayrm.errors import CheckpointError
-from rayrm.models.folders import load_tokenizer, local_folder
+from rayrm.models.folders import load_tokenizer, local_folder, local_model
 from rayrm.models.foreign import find_layout
 from rayrm.models.gating import GatedHead, load_gate
 
+log = logging.getLogger("rayrm")
 HEAD = "score"
 """Name of the head in the decoders of transformers; its only tensor is `score.weight` [outputs, hidden size]."""
 PAD_TOKENS = (
@@ -47,6 +50,22 @@ class RewardHead(nn.Linear):
             return nn.functional.linear(input.float(), self.weight.float(), bias)
 
 
+class NewHead(NamedTuple):
+    """How a head is made where a checkpoint has none."""
+
+    seed: int
+    init: Literal["initializer_range", "inverse_width", "zero"] = "initializer_range"
+    """Standard deviation of the weights, around 0: the config's initializer_range, or 1 / (hidden size + 1), or 0."""
+
+    def draw(self, network: Any) -> torch.Tensor:
+        """Weights for the network's head: the same ones at any ZeRO stage and on any number of processes."""
+        head = getattr(network, HEAD)
+        width = getattr(network.config.get_text_config(), "initializer_range", 0.02)
+        std = {"initializer_range": width, "inverse_width": 1 / (head.in_features + 1), "zero": 0.0}[self.init]
+        drawn = torch.empty((head.out_features, head.in_features))
+        return drawn.normal_(0.0, std, generator=torch.Generator().manual_seed(self.seed))
+
+
 class Penalties(NamedTuple):
     """Weights of what training adds to the loss and no output shows."""
 
@@ -70,11 +89,14 @@ class RewardModel(nn.Module):
         self.gate = gate
         self.penalties = Penalties()
 
-    def forward(self, input_ids: torch.Tensor, reads: torch.Tensor, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, input_ids: torch.Tensor, reads: torch.Tensor, uses: torch.Tensor | None = None, **inputs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Outputs at some tokens of a batch, and the penalty, an fp32 number.
 
         `input_ids` is int64 [batch, length]; `reads`, int64 of any shape, counts the batch's tokens row by row, and the
-        outputs are fp32 [*reads, outputs]. `inputs` go to the decoder: `attention_mask`, `position_ids` and so on.
+        outputs are fp32 [*reads, outputs]. `uses`, of a packed batch, tells how many sequences each token stands for.
+        `inputs` go to the decoder: `attention_mask`, `position_ids` and so on.
         """
         wants_router = bool(self.penalties.router) and self.training
         if wants_router:
@@ -83,7 +105,9 @@ class RewardModel(nn.Module):
         hidden = output.last_hidden_state.flatten(0, 1)[reads]
         penalty = torch.zeros((), device=hidden.device)
         if wants_router:
-            loss = _router_loss(self.network, output.router_logits, inputs.get("attention_mask"))
+            loss = _router_loss(
+                self.network, output.router_logits, inputs.get("attention_mask") if uses is None else uses
+            )
             penalty = penalty + self.penalties.router * loss
         if self.penalties.overlap and self.training:
             first, second = getattr(self.network, HEAD)(None)[:2]
@@ -122,7 +146,7 @@ def load_reward_model(  # noqa: PLR0913
     path: str,
     *,
     num_outputs: int = 1,
-    head_seed: int | None = None,
+    new_head: NewHead | None = None,
     keeps_head: bool = True,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
@@ -130,11 +154,10 @@ def load_reward_model(  # noqa: PLR0913
 ) -> RewardModel:
     """The reward model at `path`, a local folder or a hub id, in evaluation mode and without dropout.
 
-    The head may be transformers' own or that of another trainer, see `find_layout`. With `head_seed`, which is for
-    training, a checkpoint without a head (a causal language model) gets a new one, drawn from N(0, initializer_range²),
-    and a head's constant, which plain transformers has no place for, is left out; without `keeps_head` any head is
+    The head may be transformers' own or that of another trainer, see `find_layout`. With `new_head`, which is for
+    training, a checkpoint without a head (a causal language model) gets that one, and a head's constant, which plain transformers has no place for, is left out; without `keeps_head` any head is
     replaced by a new one. `load_in_4bit` holds all linear layers but the head in bitsandbytes' NF4. Raises CheckpointError when nothing
-    loads, when weights are missing or of another shape, when a head is missing and there is no `head_seed`, and when a
+    loads, when weights are missing or of another shape, when a head is missing and there is no `new_head`, and when a
     head has a name that nobody uses or another number of outputs.
     """
     from transformers import AutoModelForSequenceClassification
@@ -163,15 +186,45 @@ def load_reward_model(  # noqa: PLR0913
     if not keeps_head:
         loaded["mismatched_keys"] = {key for key in loaded["mismatched_keys"] if key[0] != f"{HEAD}.weight"}
         loaded["missing_keys"] = {*loaded["missing_keys"], f"{HEAD}.weight"}
-    _check_loaded(path, loaded, may_lack_head=head_seed is not None)
+    _check_loaded(path, loaded, may_lack_head=new_head is not None)
     setattr(network, HEAD, _as_reward_head(head))
     if layout and keeps_head:
         set_head(network, layout.head)
-        if layout.head_bias is not None and head_seed is None:
+        if layout.head_bias is not None and new_head is None:
             getattr(network, HEAD).bias = nn.Parameter(layout.head_bias)
-    elif loaded["missing_keys"] and head_seed is not None:
-        set_head(network, drawn_head(network, head_seed))
+    elif loaded["missing_keys"] and new_head is not None:
+        set_head(network, new_head.draw(network))
+    elif dtype != torch.float32 and new_head is None:
+        # The network's precision has rounded it.
+        stored = _stored_head(local_folder(path))
+        if stored is not None:
+            getattr(network, HEAD).weight = nn.Parameter(stored)
     return RewardModel(network).eval()
+
+
+def _stored_head(folder: str) -> torch.Tensor | None:
+    """The head in fp32 as the safetensors files of a folder hold it; None where they hold none."""
+    from safetensors import safe_open
+
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, "pt") as tensors:
+            if f"{HEAD}.weight" in set(tensors.keys()):
+                return tensors.get_tensor(f"{HEAD}.weight").float()
+    return None
+
+
+def outline_network(path: str, is_language_model: bool) -> Any:
+    """The network at `path` without its weights, on no device. Raises CheckpointError when transformers knows none."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    model_class: Any = AutoModelForCausalLM if is_language_model else AutoModelForSequenceClassification
+    try:
+        config = AutoConfig.from_pretrained(local_model(path))
+        with torch.device("meta"):
+            return model_class.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
+        raise CheckpointError(f"'{path}' does not load as a reward model: {reason}.") from error
 
 
 def load_gated_model(path: str, objectives: Sequence[str], **settings: Any) -> RewardModel:
@@ -283,14 +336,6 @@ def _as_reward_head(linear: nn.Linear) -> RewardHead:
     return head
 
 
-def drawn_head(network: Any, seed: int) -> torch.Tensor:
-    """Weights for the head, drawn from `seed`: the same ones at any ZeRO stage and on any number of processes."""
-    head = getattr(network, HEAD)
-    std = getattr(network.config.get_text_config(), "initializer_range", 0.02)
-    drawn = torch.empty((head.out_features, head.in_features))
-    return drawn.normal_(0.0, std, generator=torch.Generator().manual_seed(seed))
-
-
 def set_head(network: Any, values: torch.Tensor) -> None:
     """Put `values` [outputs, hidden size] into the head, at any ZeRO stage."""
     weight = getattr(network, HEAD).weight
@@ -304,9 +349,10 @@ def set_head(network: Any, values: torch.Tensor) -> None:
 
 
 def load_padding_tokenizer(path: str) -> Any:
-    """The tokenizer at `path`, padding on the right with a token that never ends a conversation.
+    """The tokenizer at `path`, padding on the right, with a token that never ends a conversation where it has one.
 
-    Raises CheckpointError when nothing loads or no token can serve as padding.
+    With the end token as padding, which is the last choice, rewards are still read by the attention mask; `pad_id_of`
+    keeps that token out of the model's config. Raises CheckpointError when nothing loads.
     """
     tokenizer = load_tokenizer(path)
     tokenizer.padding_side = tokenizer.truncation_side = "right"
@@ -314,10 +360,21 @@ def load_padding_tokenizer(path: str) -> Any:
         known = tokenizer.get_vocab()
         choices = [t for t in (*PAD_TOKENS, tokenizer.unk_token, tokenizer.bos_token) if t in known]
         choices = [token for token in choices if known[token] != tokenizer.eos_token_id]
-        if not choices:
-            raise CheckpointError(
-                f"The tokenizer at '{path}' has no token for padding but its end token '{tokenizer.eos_token}', where "
-                "rewards are read; give it a pad_token."
-            )
-        tokenizer.pad_token = choices[0]
+        tokenizer.pad_token = choices[0] if choices else tokenizer.eos_token
     return tokenizer
+
+
+def pad_id_of(tokenizer: Any) -> int | None:
+    """The pad id for the config of a model that others will load; None where padding is the token that ends a turn.
+
+    Plain transformers looks for the last token that is no padding. Without a pad id it refuses batches; with the end
+    token's it would read rewards one token early.
+    """
+    if tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return int(tokenizer.pad_token_id)
+    log.warning(
+        "The tokenizer has no token for padding but '%s', which ends a turn: the saved model names no pad token, and "
+        "plain transformers will take one row at a time; give the tokenizer a pad_token for batches.",
+        tokenizer.eos_token,
+    )
+    return None

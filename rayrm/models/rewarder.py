@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from json import JSONDecodeError
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from rayrm import files
 from rayrm.batching import token_batches
-from rayrm.errors import CheckpointError
-from rayrm.models.folders import local_folder
-from rayrm.models.inputs import padded_batch
+from rayrm.errors import CheckpointError, ConfigError
+from rayrm.models.folders import local_folder, read_mark
+from rayrm.models.inputs import packed_batch, padded_batch
+from rayrm.models.packing import common_length, make_packable
 from rayrm.models.readouts import Comparison, Encoded, Readout, find_readout, parse_readout
 from rayrm.models.rendering import Renderer, load_template
 from rayrm.models.reward_model import RewardModel, load_padding_tokenizer
@@ -20,10 +22,18 @@ from rayrm.rows import Message
 
 log = logging.getLogger("rayrm")
 
-Pair = tuple[Sequence[Message], str]
-"""A prompt and the completion to be rewarded."""
+
+class Pair(NamedTuple):
+    """A prompt and the completion to be rewarded."""
+
+    prompt: Sequence[Message]
+    completion: str
+    tools: str | None = None
+    """Tool schemas, a JSON list, for the template to show."""
+
+
 Reward = tuple[float | None, str]
-"""A reward and `ok` or `truncated`; or None and `overlength`, `empty`, `nan`, or `error` (the template refuses it)."""
+"""A reward and `ok` or `truncated`; or None and `overlength`, `empty`, `nan`, or `error` (the template refuses it, or its tools are no JSON)."""
 Outputs = list[list[float]]
 """What a model gave at each token that was read, [reads][outputs]."""
 
@@ -48,16 +58,26 @@ class Rewarder:
         self.model = model
         self.renderer = renderer
         self.readout = readout
+        self.is_packed = False
+        """Whether `read_trees` packs rows and computes what they share once."""
 
-    def rewards(self, pairs: Sequence[Pair], token_budget: int = 16384) -> list[Reward]:
-        """One reward for each pair, in order; `token_budget` bounds the padded tokens of a forward pass.
+    def pack(self) -> None:
+        """Pack rows from now on, where the model can."""
+        try:
+            make_packable(self.model.network)
+            self.is_packed = True
+        except ConfigError as obstacle:
+            log.info("%s Rows are padded.", obstacle)
+
+    def rewards(self, pairs: Iterable[tuple[Any, ...]], token_budget: int = 16384) -> list[Reward]:
+        """One reward for each Pair, in order; `token_budget` bounds the padded tokens of a forward pass.
 
         Raises CheckpointError for a model that compares two completions and rewards none.
         """
         readout = self.readout
         if isinstance(readout, Comparison):
             raise CheckpointError("This model compares two completions and gives a single one no reward; compare them.")
-        encoded = [_encode(readout, self.renderer, pair) for pair in pairs]
+        encoded = [_encode(readout, self.renderer, Pair(*pair)) for pair in pairs]
         return [
             (None, row.status) if found is None else _finite(readout.reward(found), row.status)
             for row, found in zip(encoded, self.read(encoded, token_budget), strict=True)
@@ -94,6 +114,27 @@ class Rewarder:
                 found[index] = outputs[: len(encoded[index].reads)]
         return found
 
+    def num_tokens(self, tree: Sequence[Encoded]) -> int:
+        """Tokens that the model computes for rows that all have ids, padding left out."""
+        total = sum(len(row.ids) for row in tree)
+        if not self.is_packed:
+            return total
+        return total - (len(tree) - 1) * common_length([np.asarray(row.ids, np.int64) for row in tree])
+
+    @torch.inference_mode()
+    def read_trees(self, trees: Sequence[Sequence[Encoded]]) -> list[list[Outputs]]:
+        """The model's outputs for rows that all have ids, in one forward pass; rows of a tree may begin alike."""
+        rows = [row for tree in trees for row in tree]
+        if not self.is_packed:
+            found = self._read(rows)
+        else:
+            device = next(self.model.parameters()).device
+            reads = list(enumerate(row.reads for row in rows))
+            outputs, _ = self.model(**packed_batch([[row.ids for row in tree] for tree in trees], reads, device))
+            found = outputs.tolist()
+        each = iter(outputs[: len(row.reads)] for row, outputs in zip(rows, found, strict=True))
+        return [[next(each) for _ in tree] for tree in trees]
+
     @torch.inference_mode()
     def _read(self, rows: Sequence[Encoded]) -> list[Outputs]:
         device = next(self.model.parameters()).device
@@ -107,8 +148,8 @@ def _encode(readout: Any, renderer: Renderer, pair: Pair) -> Encoded:
     from jinja2 import TemplateError
 
     try:
-        encoded: Encoded = readout.encode(renderer, *pair)
-    except TemplateError:
+        encoded: Encoded = readout.encode(renderer.with_tools(pair.tools), pair.prompt, pair.completion)
+    except (TemplateError, JSONDecodeError):
         # Such as a system turn, for a template that knows none.
         return Encoded([], [], "error")
     return encoded
@@ -135,7 +176,7 @@ def load_rewarder(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     rendering = rendering or Rendering()
-    mark = files.read_json(files.join(path, files.CHECKPOINT_MARK)) or {}
+    mark = read_mark(path)
     stored = mark.get("rendering")
     readout = parse_readout(mark["readout"]) if "readout" in mark else readout or find_readout(local_folder(path))
     tokenizer = load_padding_tokenizer(path)

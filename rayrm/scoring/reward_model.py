@@ -11,7 +11,7 @@ from pydantic import Field
 from rayrm import files
 from rayrm.config import NOT_IDENTITY, TEMPLATE, Config, Workers, build_config
 from rayrm.errors import CheckpointError, ConfigError
-from rayrm.models.folders import check_model, load_tokenizer
+from rayrm.models.folders import check_model, load_tokenizer, read_mark
 from rayrm.models.readouts import Comparison, parse_readout
 from rayrm.models.rendering import load_template
 from rayrm.prompts import direct_prompt
@@ -78,12 +78,6 @@ class RewardModelScoring(Config):
         return {} if self.calibration == "none" else {"calibration": files.join(self.model, files.CHECKPOINT_MARK)}
 
 
-def find_mark(model: str) -> dict[str, Any]:
-    """The completion mark of the reward model at `model`; empty where it was not trained here."""
-    mark: dict[str, Any] = files.read_json(files.join(model, files.CHECKPOINT_MARK)) or {}
-    return mark
-
-
 def check_reward_model(config: RewardModelScoring, paths: Iterable[str] = ()) -> None:
     """Find out, before any actor starts, whether there is a model, a way to render texts for it, and its calibration.
 
@@ -91,7 +85,7 @@ def check_reward_model(config: RewardModelScoring, paths: Iterable[str] = ()) ->
     not there or has no numbers for a language of those rows.
     """
     check_model(config.model)
-    stored = find_mark(config.model).get("rendering", {})
+    stored = read_mark(config.model).get("rendering", {})
     load_template(config.chat_template or stored.get("chat_template"), load_tokenizer(config.model), config.model)
     calibration = find_calibration(config)
     if calibration is None or config.calibration == "overall":
@@ -117,7 +111,7 @@ def check_gives_rewards(model: str) -> None:
 
 def compares(model: str) -> bool:
     """Whether the reward model at `model` was trained to compare two completions."""
-    stored = find_mark(model).get("readout")
+    stored = read_mark(model).get("readout")
     return stored is not None and isinstance(parse_readout(stored), Comparison)
 
 
@@ -130,7 +124,7 @@ def find_calibration(config: RewardModelScoring) -> Calibration | None:
         return None
     check_gives_rewards(config.model)
     where = files.join(config.model, files.CHECKPOINT_MARK)
-    stored = find_mark(config.model).get("calibration")
+    stored = read_mark(config.model).get("calibration")
     if stored is None:
         raise ConfigError(
             f"calibration is '{config.calibration}', and '{where}' holds none; run calibrate_reward_model on this "
@@ -194,7 +188,7 @@ class RewardModelScorer:
             if prompts[index] is not None and units[index] is not None
             for text in dict.fromkeys(row["candidates"] or [])
         ]
-        pairs = [(prompts[index] or [], text or "") for index, text in keys]
+        pairs = [(prompts[index] or [], text or "", self._tools(rows[index])) for index, text in keys]
         found: dict[tuple[int, str | None], Outcome] = {}
         for key, (reward, status) in zip(keys, self.rewarder.rewards(pairs, self.config.token_budget), strict=True):
             mean, std = units[key[0]] or OWN_UNIT
@@ -230,6 +224,9 @@ class RewardModelScorer:
         by_language = self.config.calibration == "language"
         spread = self.calibration.languages.get(language_of(row)) if by_language else self.calibration
         return None if spread is None else (spread.mean, spread.std)
+
+    def _tools(self, row: dict[str, Any]) -> str | None:
+        return row.get("tools") if self.config.prompt == "as_is" else None
 
     def _prompt(self, row: dict[str, Any]) -> list[Message] | None:
         if self.config.prompt == "as_is":

@@ -218,11 +218,14 @@ def _check_chat(prompt: list[Message], answers: list[list[Message]]) -> None:
     for answer in answers:
         require(answer[-1]["role"] == "assistant", "not_ending_in_assistant")
         require(all(turn["role"] != "user" for turn in answer), "bad_role_order")
-        before = "start"
-        for turn in [*prompt, *answer]:
-            require(turn["role"] in _NEXT_ROLES[before], "bad_role_order")
-            before = turn["role"]
+        require(is_in_order([*prompt, *answer]), "bad_role_order")
     require(all(turn["content"].strip() for turns in [prompt, *answers] for turn in turns), "empty_content")
+
+
+def is_in_order(turns: Sequence[Message]) -> bool:
+    """Whether turns are one of the system or none, then user and assistant in turn, with tools behind the assistant."""
+    roles = [turn["role"] for turn in turns]
+    return all(role in _NEXT_ROLES.get(before, ()) for before, role in zip(["start", *roles], roles, strict=False))
 
 
 def _messages(value: Chat, role: str) -> list[Message]:

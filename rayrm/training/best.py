@@ -13,7 +13,7 @@ from rayrm.training.checkpoints import publish
 BEST = "best"
 WEIGHTS = "weights.safetensors"
 MARK = "best.json"
-LOWER_IS_BETTER = ("loss", "brier", "ece", "mse_")
+LOWER_IS_BETTER = ("loss", "brier", "ece", "mse_", "ties")
 """How the names of metrics begin that are to be low."""
 
 
@@ -42,16 +42,22 @@ def read_merit(metrics: dict[str, float], best_by: str) -> float:
 
 
 def keep_best(output: str, mark: dict[str, Any], weights: dict[str, Any]) -> None:
-    """Keep `weights`, tensors by name, with the facts of their evaluation, and then remove what was best before."""
+    """Keep `weights`, tensors by name, with the facts of their evaluation, and then remove what was best before.
+
+    A tensor that has several names is kept once, and the mark's `tied` says which name stands for which.
+    """
     from safetensors.torch import save_file
 
     folder = files.join(output, BEST, f"step-{mark['step']}")
+    first = {id(tensor): name for name, tensor in reversed(weights.items())}
+    tied = {name: first[id(tensor)] for name, tensor in weights.items() if first[id(tensor)] != name}
     with TemporaryDirectory() as temporary:
         local = Path(temporary) / "best"
         local.mkdir()
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, local / WEIGHTS)
+        kept = {name: tensor.contiguous() for name, tensor in weights.items() if name not in tied}
+        save_file(kept, local / WEIGHTS)
         publish(local, folder)
-    files.write_json(files.join(folder, MARK), mark)
+    files.write_json(files.join(folder, MARK), {**mark, "tied": tied})
     fs, inner = files.filesystem(files.join(output, BEST))
     for other in fs.ls(inner, detail=False):
         if Path(other).name != Path(folder).name:
@@ -59,9 +65,11 @@ def keep_best(output: str, mark: dict[str, Any], weights: dict[str, Any]) -> Non
 
 
 def read_weights(folder: str) -> dict[str, Any]:
-    """The tensors that `keep_best` kept."""
+    """The tensors that `keep_best` kept, a shared one under each of its names."""
     from safetensors.torch import load
 
     fs, inner = files.filesystem(files.join(folder, WEIGHTS))
     with fs.open(inner, "rb") as handle:
-        return dict(load(handle.read()))
+        weights = dict(load(handle.read()))
+    tied = (files.read_json(files.join(folder, MARK)) or {}).get("tied", {})
+    return weights | {name: weights[first] for name, first in tied.items()}

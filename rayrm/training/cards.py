@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rayrm.training.reward_model import RewardModelJob
 
 CARD = "README.md"
-SHOWN = ("accuracy", "loss", "margin", "brier", "ece", "auc", "length_correlation", "accuracy_worst_language")
+SHOWN = ("accuracy", "loss", "margin", "brier", "ece", "auc", "ties", "length_correlation", "accuracy_worst_language")
 """Metrics that a card shows of all held-out rows."""
 
 _USES = {

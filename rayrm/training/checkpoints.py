@@ -103,13 +103,13 @@ def push_to_hub(path: str, hub_id: str) -> None:
     Raises CheckpointError when the hub refuses; the model stays where it is.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
         HfApi().create_repo(hub_id, private=True, exist_ok=True)
         HfApi().upload_folder(repo_id=hub_id, folder_path=local_model(path))
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:
+        # A hub's refusal, an address that is none, a name that no repository has, no connection: each its own error.
+        reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
         raise CheckpointError(
             f"'{path}' could not be pushed to '{hub_id}': {reason}; it stays there, run again to push."
         ) from error

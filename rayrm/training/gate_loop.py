@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification
 from rayrm import files
 from rayrm.models.gating import GatedHead, save_gate
 from rayrm.models.inputs import padded_batch
-from rayrm.models.reward_model import RewardModel, load_reward_model, set_head
+from rayrm.models.reward_model import NewHead, RewardModel, load_reward_model, pad_id_of, set_head
 from rayrm.training.batches import micro_batches
 from rayrm.training.checkpoints import export_model
 from rayrm.training.curves import write_curves
@@ -86,7 +86,7 @@ class GateTrainer:
         self.model = load_reward_model(
             job.training.model,
             num_outputs=len(objective.objectives),
-            head_seed=job.training.seed,
+            new_head=NewHead(job.training.seed),
             keeps_head=False,
             dtype=dtype,
             attn_implementation=job.training.attn_implementation,
@@ -142,7 +142,7 @@ class GateTrainer:
             scores = [pairs[:, side, 1] @ heads.weights.T for side in range(2)]
             is_held_out = np.zeros(len(pairs), bool)
             is_held_out[self.pairs.held_out] = True
-            given = GatePairs(pairs[:, 0, 0], scores[0], scores[1], is_held_out)
+            given = GatePairs(pairs[:, 0, 0], scores[0], scores[1], is_held_out, self.pairs.weights)
             began = time.monotonic()
             tracker = TRACKERS[self.job.report_to](self.job.output, training.model_dump(), 0)
             fitted = fit_gate(
@@ -195,7 +195,7 @@ class GateTrainer:
         scores = np.stack([pairs.chosen[rows], pairs.rejected[rows]])
         rewards = head(torch.from_numpy(scores), prompts[None]).rewards[..., None, None]
         targets = torch.from_numpy(self.pairs.targets[rows])
-        losses = self.objective.losses(rewards, targets)
+        losses = torch.from_numpy(self.pairs.weights[rows]) * self.objective.losses(rewards, targets)
         found = self.pairs
         return self.objective.measure(
             Measured(
@@ -210,7 +210,7 @@ class GateTrainer:
 
     def _save(self, head: GatedHead, weights: torch.Tensor) -> RewardModel:
         network, tokenizer = self.model.network, self.renderer.tokenizer
-        network.config.pad_token_id = tokenizer.pad_token_id
+        network.config.pad_token_id = pad_id_of(tokenizer)
         # The heads are fitted in fp64; in bf16 they would be others.
         network.score.float()
         set_head(network, weights)

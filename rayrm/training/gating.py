@@ -122,6 +122,8 @@ class GatePairs(NamedTuple):
     """Those of the rejected sides."""
     is_held_out: NDArray[np.bool_]
     """Pairs that are measured and not trained on, [pairs]."""
+    weights: NDArray[np.float32]
+    """Weight of each pair in the loss, [pairs]."""
 
 
 class FittedGate(NamedTuple):
@@ -164,7 +166,8 @@ def fit_gate(
         for step, rows in enumerate(_batches(trained, config, seed)):
             for group in optimizer.param_groups:
                 group["lr"] = optimization.rate_at(step, config.num_steps)
-            loss = gate_loss(reward_gaps(gate, pairs.prompts[rows], differences[rows]))
+            weights = torch.from_numpy(pairs.weights[rows]).to(device)
+            loss = (weights * gate_losses(reward_gaps(gate, pairs.prompts[rows], differences[rows]))).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -229,8 +232,8 @@ def reward_gaps(gate: Gate, prompts: Floats, differences: Floats) -> Tensor:
     return (weights * torch.from_numpy(differences).to(device, torch.float32)).sum(dim=-1)
 
 
-def gate_loss(gaps: Tensor) -> Tensor:
-    """Mean of −log σ(gap); finite for any gap."""
+def gate_losses(gaps: Tensor) -> Tensor:
+    """−log σ(gap); finite for any gap."""
     from torch.nn.functional import logsigmoid
 
-    return -logsigmoid(gaps).mean()
+    return -logsigmoid(gaps)

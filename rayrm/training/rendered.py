@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
+from json import JSONDecodeError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from rayrm.models.readouts import Comparison, check_header
 from rayrm.models.reward_model import load_padding_tokenizer
 from rayrm.models.rewarder import Rendering
 from rayrm.shards import Shard, list_shards, read_shard
+from rayrm.sources.validation import is_in_order
 from rayrm.splits import is_held_out
 from rayrm.training.launch import fetch
 
@@ -34,6 +36,8 @@ log = logging.getLogger("rayrm")
 RENDERED = "rendered.parquet"
 TASK_ROWS = 4096
 NUM_PROBES = 16
+ANSWERS = ("chosen", "rejected", "completion")
+"""Columns that hold the messages of an answer."""
 
 _LISTS = pa.large_list(pa.large_list(pa.int32()))
 _SCHEMA = pa.schema(
@@ -41,6 +45,7 @@ _SCHEMA = pa.schema(
         "language": pa.string(),
         "subset": pa.string(),
         "is_held_out": pa.bool_(),
+        "is_truncated": pa.bool_(),
         "weight": pa.float32(),
         "targets": pa.large_list(pa.float32()),
         "sides": _LISTS,
@@ -143,7 +148,7 @@ def _facts(table: pa.Table, counters: Sequence[Counter[str]], probes: list[dict[
         "train": table.num_rows - held_out,
         "held_out": held_out,
         "dropped": dict(sorted(dropped.items())),
-        "status": {},
+        "status": {"truncated": sum(table["is_truncated"].to_pylist())},
     }
     first = [probe for probe in probes if probe["is_held_out"]] or probes
     return {"counts": counts, "probe": first[:NUM_PROBES]}
@@ -159,6 +164,11 @@ def _check(counts: dict[str, Any], path: str, training: RewardTraining) -> None:
         )
     if not counts["train"]:
         raise SchemaError(f"None of the {counts['read']:,} rows of '{path}' is left to train on ({reasons}).")
+    if counts["written"] < training.min_kept_fraction * counts["read"]:
+        raise SchemaError(
+            f"{counts['written']:,} of the {counts['read']:,} rows of '{path}' are left ({reasons}), and "
+            f"min_kept_fraction asks for {training.min_kept_fraction:g} of them; mend the rows, or lower it."
+        )
     if training.held_out_fraction and not counts["held_out"]:
         raise ConfigError(
             f"held_out_fraction {training.held_out_fraction:g} holds out none of the groups of the {counts['train']:,} "
@@ -209,21 +219,30 @@ def check_renderer(training: RewardTraining) -> None:
 def render_row(row: Mapping[str, Any], renderer: Renderer, training: RewardTraining) -> dict[str, Any] | str:
     """The ids of all sides with language and targets, or the reason why the row is no use.
 
-    Reasons: missing_field, weight_not_0_or_more, overlength, not_rendered (the template refuses it, such as a system
-    turn that it does not know), and those of the objective's `encode`.
+    Reasons: missing_field, bad_role_order, empty_content, weight_not_0_or_more, overlength, tools_not_json,
+    not_rendered (the template refuses it, such as a system turn that it does not know), and those of the objective's
+    `encode`.
     """
     objective = training.objective
     if any(row[name] is None for name in ("id", "group", *objective.columns)):
         return "missing_field"
-    weight = row.get("weight") if objective.use_weight else 1.0
+    weight = row.get("weight") if objective.use_weight else None
+    weight = 1.0 if weight is None else weight
     if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
         return "weight_not_0_or_more"
     try:
         example = objective.encode(row, renderer.with_tools(row.get("tools")))
     except TemplateError:
         return "not_rendered"
+    except JSONDecodeError:
+        return "tools_not_json"
     if isinstance(example, str):
         return example
+    answers = [row[name] for name in ANSWERS if name in objective.columns] or [[]]
+    if not all(is_in_order([*row["prompt"], *answer]) for answer in answers):
+        return "bad_role_order"
+    if not all((turn["content"] or "").strip() for turn in row["prompt"]):
+        return "empty_content"
     allowed = ("ok", "truncated") if training.on_overlength == "truncate_prompt_left" else ("ok",)
     if any(side.status not in allowed for side in example.sides):
         return "overlength"
@@ -231,6 +250,7 @@ def render_row(row: Mapping[str, Any], renderer: Renderer, training: RewardTrain
     return {
         "language": pair,
         "subset": row.get("subset") or "",
+        "is_truncated": any(side.status == "truncated" for side in example.sides),
         "weight": weight,
         "targets": example.targets,
         "sides": [side.ids for side in example.sides],

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from rayrm.errors import CheckpointError, ConfigError
 from rayrm.models.inputs import packed_batch, padded_batch
 from rayrm.models.packing import make_packable
 from rayrm.models.readouts import Readout, parse_readout
-from rayrm.models.reward_model import Penalties, num_experts
+from rayrm.models.reward_model import Penalties, num_experts, pad_id_of
 from rayrm.training.batches import batch_of_step, micro_batches, steps_per_epoch
 from rayrm.training.best import find_best, keep_best, read_merit, read_weights
 from rayrm.training.curves import write_curves
@@ -52,6 +52,15 @@ def train_loop(given: dict[str, Any]) -> dict[str, Any]:
                 trainer.load(state)
         trainer.train(given["show_progress"])
         return trainer.finish()
+
+
+class Slope(NamedTuple):
+    """A row's part in the loss of its global batch."""
+
+    loss: torch.Tensor
+    """[]."""
+    slope: torch.Tensor
+    """Gradient of the batch's summed loss by the row's outputs, [sides, reads, outputs]."""
 
 
 class RewardTrainer:
@@ -120,24 +129,28 @@ class RewardTrainer:
             share = 0.0 if is_padding else self.world / len(rows)
             losses = self.losses(micro, outputs)
             if slopes:
-                loss = sum((outputs[:, index] * slopes[row]).sum() for index, row in enumerate(micro)) * share
+                loss = sum((outputs[:, index] * slopes[row].slope).sum() for index, row in enumerate(micro)) * share
             else:
                 loss = losses.sum() * share
             self.engine.backward(loss + penalty * len(micro) * share, scale_wrt_gas=False)
-            found = {
-                "loss": losses,
+            tracked = {
+                "loss": losses if not slopes else torch.stack([slopes[row].loss for row in micro]),
                 **self.objective.track(outputs, self.targets(micro)),
                 "rows": torch.ones(len(micro)),
             }
-            for name, values in found.items():
+            for name, values in tracked.items():
                 sums[name] = sums.get(name, 0.0) + (0.0 if is_padding else float(values.detach().double().sum()))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.training.rate_at(self.step, self.num_steps)
         self.engine.step()
         totals = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.device)
         dist.all_reduce(totals)
-        self.sums = {name: self.sums.get(name, 0.0) + num for name, num in zip(sums, totals.tolist(), strict=True)}
+        found = dict(zip(sums, totals.tolist(), strict=True))
         self.step += 1
+        if not math.isfinite(found["loss"]):
+            # Before a state is saved that has it in its weights.
+            raise CheckpointError(f"The loss is {found['loss']} at step {self.step}; try a lower lr or more warmup.")
+        self.sums = {name: self.sums.get(name, 0.0) + num for name, num in found.items()}
 
     def passes(self, rows: Sequence[int]) -> Iterator[tuple[list[int], bool]]:
         """The rows of each forward pass, and whether they only keep the other workers company.
@@ -154,7 +167,8 @@ class RewardTrainer:
         reads = [self.rows.reads[side][row].tolist() for side in range(num_sides) for row in rows]
         if self.training.shared_prefix:
             trees = [[side[row] for side in self.rows.sides] for row in rows]
-            batch = packed_batch(trees, reads, self.device)
+            order = [tree * num_sides + side for side in range(num_sides) for tree in range(len(rows))]
+            batch = packed_batch(trees, list(zip(order, reads, strict=True)), self.device)
         else:
             sides = [side[row] for side in self.rows.sides for row in rows]
             batch = padded_batch(sides, reads, self.renderer.tokenizer.pad_token_id, self.device)
@@ -183,22 +197,21 @@ class RewardTrainer:
         dist.all_reduce(found)
         return found
 
-    def slopes(self, rows: Sequence[int]) -> dict[int, torch.Tensor]:
-        """For each row of a global batch, the gradient of the batch's summed loss by the row's outputs.
+    def slopes(self, rows: Sequence[int]) -> dict[int, Slope]:
+        """For each row of a global batch, its loss, and the gradient of the batch's summed loss by its outputs.
 
         A loss that hangs on the whole batch needs the outputs of all of it, which a pass without gradients gives.
         """
         outputs = self.collect(rows).requires_grad_()
-        (slopes,) = torch.autograd.grad(self.losses(rows, outputs).sum(), outputs)
-        return {row: slopes[:, index] for index, row in enumerate(rows)}
+        losses = self.losses(rows, outputs)
+        (slopes,) = torch.autograd.grad(losses.sum(), outputs)
+        return {row: Slope(losses[index].detach(), slopes[:, index]) for index, row in enumerate(rows)}
 
     def summary(self, seconds: float) -> dict[str, float]:
         """Means over all rows since the last record; `seconds` is what the last step took."""
         num_rows = self.sums.pop("rows")
         found = {name: total / num_rows for name, total in self.sums.items()}
         self.sums = {}
-        if not math.isfinite(found["loss"]):
-            raise CheckpointError(f"The loss is {found['loss']} at step {self.step}; try a lower lr or more warmup.")
         found |= {"lr": self.training.rate_at(self.step - 1, self.num_steps), "step_s": seconds}
         norm = self.engine.get_global_grad_norm()
         return found if norm is None else found | {"grad_norm": float(norm)}
@@ -309,7 +322,7 @@ def make_engine(job: RewardModelJob, micro_batch_size: int, tokenizer: Any, read
     model = readout.load(
         training.model,
         tokenizer,
-        head_seed=training.seed,
+        new_head=training.new_head,
         dtype=dtype,
         attn_implementation=attention,
         load_in_4bit=training.load_in_4bit,
@@ -322,7 +335,7 @@ def make_engine(job: RewardModelJob, micro_batch_size: int, tokenizer: Any, read
         raise ConfigError(f"router_loss is {training.router_loss:g}, and '{training.model}' is no mixture of experts.")
     overlap = training.objective.orthogonality if isinstance(training.objective, Odin) else 0.0
     model.penalties = Penalties(training.router_loss, overlap)
-    model.network.config.pad_token_id = tokenizer.pad_token_id
+    model.network.config.pad_token_id = pad_id_of(tokenizer)
     if training.lora is not None:
         add_updates(model.network, training.lora, training.seed)
     if parallelism.gradient_checkpointing:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -38,19 +38,17 @@ class MeasuredPairs(NamedTuple):
 def measure_pairs(pairs: MeasuredPairs) -> dict[str, float]:
     """Metrics of all pairs as `eval_accuracy`, of a language as `eval_accuracy/en-de`, of a subset as `…/subset/chat`.
 
-    `accuracy` counts a tie as a miss, `accuracy_half_ties` as half a hit; `margin` is the mean gap between the sides;
-    `brier` is the mean of (1 − σ(gap))²; `ece` is the expected calibration error of σ(|gap|) in ten equal bins from
+    `accuracy` counts a tie as a miss, `accuracy_half_ties` as half a hit, and `ties` is the number of pairs whose sides
+    have the same reward; `margin` is the mean gap between the sides; `brier` is the mean of (1 − σ(gap))²; `ece` is the expected calibration error of σ(|gap|) in ten equal bins from
     0.5 to 1 (arXiv 1706.04599), where a tie is half a hit; rewards have means and standard deviations;
-    `length_correlation` is Pearson's r of gap and extra length; the last two are the accuracies of the pairs whose
-    chosen side is the longer and the shorter one. What is not defined (no such pair, no spread) is left out.
-    `eval_accuracy_worst_language` is the lowest accuracy of a language.
+    `length_correlation` is Pearson's r of gap and extra length, `length_correlation_spearman` that of their ranks; the
+    last two are the accuracies of the pairs whose chosen side is the longer and the shorter one. What is not defined
+    (no such pair, no spread) is left out. `eval_accuracy_worst_language` is the lowest accuracy of a language.
     """
     found: dict[str, float] = {}
     for mask, suffix in by_slice(pairs.languages, pairs.subsets):
         found |= _measure(pairs.select(mask), suffix)
-    # What a model that is chosen by its weakest language is chosen by.
-    worst = [value for name, value in found.items() if name.startswith("eval_accuracy/") and "/subset/" not in name]
-    return found | ({"eval_accuracy_worst_language": min(worst)} if worst else {})
+    return found | _worst_language(found)
 
 
 def by_slice(languages: NDArray[np.str_], subsets: NDArray[np.str_]) -> Iterator[tuple[NDArray[np.bool_], str]]:
@@ -61,6 +59,12 @@ def by_slice(languages: NDArray[np.str_], subsets: NDArray[np.str_]) -> Iterator
             yield names == name, f"{prefix}{name}"
 
 
+def _worst_language(found: Mapping[str, float]) -> dict[str, float]:
+    """What a model that is chosen by its weakest language is chosen by; nothing where no row has a language."""
+    each = [value for name, value in found.items() if name.startswith("eval_accuracy/") and "/subset/" not in name]
+    return {"eval_accuracy_worst_language": min(each)} if each else {}
+
+
 def _measure(pairs: MeasuredPairs, suffix: str) -> dict[str, float]:
     gaps = pairs.rewards[0] - pairs.rewards[1]
     hits = gaps > 0
@@ -68,14 +72,15 @@ def _measure(pairs: MeasuredPairs, suffix: str) -> dict[str, float]:
         "loss": pairs.losses.mean(),
         "accuracy": hits.mean(),
         "accuracy_half_ties": (np.sign(gaps).mean() + 1) / 2,
+        "ties": (gaps == 0).sum(),
         "margin": gaps.mean(),
         "brier": (_sigmoid(-gaps) ** 2).mean(),
         "ece": expected_calibration_error(gaps),
     }
     for side, rewards in zip(("chosen", "rejected"), pairs.rewards, strict=True):
         metrics |= {f"{side}_reward": rewards.mean(), f"{side}_reward_std": rewards.std()}
-    if gaps.std() and pairs.extra_lengths.std():
-        metrics["length_correlation"] = np.corrcoef(gaps, pairs.extra_lengths)[0, 1]
+    if correlations := _correlate(gaps, pairs.extra_lengths.astype(float)):
+        metrics["length_correlation"], metrics["length_correlation_spearman"] = correlations
     for name, mask in (("longer", pairs.extra_lengths > 0), ("shorter", pairs.extra_lengths < 0)):
         if mask.any():
             metrics[f"accuracy_chosen_{name}"] = hits[mask].mean()
@@ -106,9 +111,8 @@ def measure_ratings(measured: Measured, names: Sequence[str], is_logit: bool) ->
             given, wanted = values[mask, index][known], wanted[known]
             if len(wanted):
                 found[f"eval_mse_{name}{suffix}"] = float(((given - wanted) ** 2).mean())
-            if len(wanted) > 1 and given.std() and wanted.std():
-                found[f"eval_pearson_{name}{suffix}"] = float(np.corrcoef(given, wanted)[0, 1])
-                found[f"eval_spearman_{name}{suffix}"] = float(np.corrcoef(rank(given), rank(wanted))[0, 1])
+            if correlations := _correlate(given, wanted):
+                found[f"eval_pearson_{name}{suffix}"], found[f"eval_spearman_{name}{suffix}"] = correlations
     return found
 
 
@@ -118,7 +122,7 @@ def measure_verdicts(measured: Measured) -> dict[str, float]:
     A label above one half means right. `accuracy` takes a logit above 0 for right; `accuracy_right` and
     `accuracy_wrong` are those of what is right and of what is wrong; `brier` is the mean of (label − σ(logit))²; `ece`
     as for pairs; `auc` is the probability that something right has a higher logit than something wrong, a tie being
-    half. What is not defined is left out.
+    half. What is not defined is left out. `eval_accuracy_worst_language` is the lowest accuracy of a language.
     """
     found: dict[str, float] = {}
     for mask, suffix in by_slice(measured.languages, measured.subsets):
@@ -143,7 +147,15 @@ def measure_verdicts(measured: Measured) -> dict[str, float]:
             above = rank(logits)[is_right].sum() - num_right * (num_right + 1) / 2
             metrics["auc"] = above / (num_right * num_wrong)
         found |= {f"eval_{name}{suffix}": float(value) for name, value in metrics.items()}
-    return found
+    return found | _worst_language(found)
+
+
+def _correlate(first: Floats, second: Floats) -> tuple[float, float] | None:
+    """Pearson's r of two arrays [n] and of their ranks (Spearman's); None where one of them has no spread."""
+    # Not std, which rounds: that of three times 0.1 is above 0.
+    if len(first) < 2 or not np.ptp(first) or not np.ptp(second):
+        return None
+    return float(np.corrcoef(first, second)[0, 1]), float(np.corrcoef(rank(first), rank(second))[0, 1])
 
 
 def rank(values: Floats) -> Floats:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,7 +17,7 @@ from rayrm.runs import abandon_run, finish_run, start_run
 from rayrm.shards import read_schemas
 from rayrm.training.cards import write_card
 from rayrm.training.checkpoints import push_to_hub
-from rayrm.training.launch import MARK, MODEL, launch
+from rayrm.training.launch import MARK, MODEL, STATE, launch
 from rayrm.training.objectives import AnyObjective
 from rayrm.training.objectives.base import Objective
 from rayrm.training.objectives.gated import GatedRatings
@@ -25,18 +25,24 @@ from rayrm.training.objectives.pairs import BradleyTerry
 from rayrm.training.settings import Training, TrainingJob
 from rayrm.training.tracking import check_tracker
 
+if TYPE_CHECKING:
+    from rayrm.models.reward_model import NewHead
+
 
 class RewardTraining(Training):
     """Learn rewards from pairs of completions, or from single ones with numbers, as the objective says.
 
     The model to start from is a causal language model, which gets a new head, or a reward model. Scoring keeps to
-    max_length too. The last step of an epoch takes what is left, and results do not hang on micro_batch_size.
+    max_length too. The last step of an epoch takes what is left, and results do not hang on micro_batch_size, but
+    for router_loss.
     """
 
     objective: AnyObjective = BradleyTerry()
     """What is learned from a row."""
     on_overlength: Literal["drop", "truncate_prompt_left", "error"] = "drop"
     """What becomes of a row with a longer side; a completion that is too long by itself always drops its row."""
+    min_kept_fraction: float = Field(0.5, ge=0, le=1, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
+    """Least share of the rows that must be fit to be trained or held out."""
     shared_prefix: bool = False
     """Compute what the sides of a row begin with in common once, and no padding at all, with an attention of our own:
     the same loss and gradients in less time. Not for models that cap attention scores, and the like."""
@@ -46,8 +52,18 @@ class RewardTraining(Training):
     best_by: str | None = None
     """Metric of the held-out rows, such as accuracy, accuracy_worst_language or accuracy/de, whose best evaluation gives
     the final model; null for the last step."""
+    head_init: Literal["initializer_range", "inverse_width", "zero"] = "initializer_range"
+    """Standard deviation, around 0, of the head that a causal language model gets: the one of its config, or
+    1 / (hidden size + 1), or 0. A reward model keeps its own head."""
     router_loss: float = Field(0.0, ge=0)
     """Weight of the load-balancing loss of a mixture of experts (arXiv 2101.03961), taken over each forward pass."""
+
+    @property
+    def new_head(self) -> NewHead:
+        """What a model without a head gets."""
+        from rayrm.models.reward_model import NewHead
+
+        return NewHead(self.seed, self.head_init)
 
     @model_validator(mode="after")
     def _best_of_something(self) -> RewardTraining:
@@ -118,6 +134,20 @@ def _check_job(config: RewardModelJob) -> None:
     if config.training.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("load_in_4bit needs bitsandbytes, which is not installed; pip install bitsandbytes.")
     check_renderer(config.training)
+    _check_network(config.training)
+
+
+def _check_network(training: RewardTraining) -> None:
+    from rayrm.models.packing import make_packable
+    from rayrm.models.reward_model import num_experts, outline_network
+
+    if not training.router_loss and not training.shared_prefix:
+        return
+    network = outline_network(training.model, is_language_model=training.objective.type == "comparison")
+    if training.shared_prefix:
+        make_packable(network)
+    if training.router_loss and not num_experts(network.config.get_text_config()):
+        raise ConfigError(f"router_loss is {training.router_loss:g}, and '{training.model}' is no mixture of experts.")
 
 
 def _check_rows(path: str, objective: Objective) -> None:
@@ -138,20 +168,50 @@ def _find_loop(config: RewardModelJob) -> Callable[[dict[str, Any]], dict[str, A
     return reward_loop.train_loop
 
 
+def _check_best_by(best_by: str, config: RewardModelJob) -> None:
+    """Raise ConfigError unless an evaluation will have the metric, by one of random outputs."""
+    import numpy as np
+
+    from rayrm.models.readouts import parse_readout
+    from rayrm.training.best import read_merit
+    from rayrm.training.objectives.base import Measured
+    from rayrm.training.rendered import read_rendered
+
+    objective = config.training.objective
+    rows, rendered = read_rendered(config.output, objective.num_sides)
+    some = rows.held_out
+    shape = (objective.num_sides, len(some), rows.most_reads, parse_readout(rendered["readout"]).num_outputs)
+    outputs = np.random.default_rng(0).normal(size=shape)
+    targets, losses = rows.targets[some].astype(float), np.zeros(len(some))
+    lengths, languages, subsets = rows.side_lengths[:, some], rows.languages[some], rows.subsets[some]
+    read_merit(objective.measure(Measured(outputs, targets, losses, lengths, languages, subsets)), best_by)
+
+
+def _abandon_unless_begun(config: RewardModelJob) -> None:
+    """Give up the claim on an output without any state: what must change may be part of what it was claimed for."""
+    fs, inner = files.filesystem(config.output)
+    if any(fs.glob(f"{inner}/{name}") for name in (f"{STATE}/step-*", "best/step-*", "embeddings/*.npy")):
+        return
+    abandon_run(config)
+    for path in [*fs.glob(f"{inner}/rendered*.parquet"), *fs.glob(f"{inner}/{STATE}")]:
+        fs.rm(path, recursive=True)
+
+
 def _train(config: RewardModelJob, what: str) -> dict[str, Any]:
     from rayrm.training.probes import check_saved
     from rayrm.training.rendered import render_rows
 
-    try:
-        rendered = render_rows(config.input, config.output, config.training)
-        loop = _find_loop(config)
-    except RayRMError:
-        # What must change is part of what the output was claimed for.
-        abandon_run(config)
-        raise
     given = {"job": config.model_dump(), "show_progress": sys.stderr.isatty()}
-    facts = launch(loop, given, config.output, config.workers, what)
     training = config.training
+    try:
+        rendered = render_rows(config.input, config.output, training)
+        loop = _find_loop(config)
+        if training.best_by is not None and not isinstance(training.objective, GatedRatings):
+            _check_best_by(training.best_by, config)
+        facts = launch(loop, given, config.output, config.workers, what)
+    except RayRMError:
+        _abandon_unless_begun(config)
+        raise
     mark = {
         "objective": training.objective.model_dump(),
         "rendering": {

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rayrm import files
+from rayrm.errors import CheckpointError
 from rayrm.models.readouts import Readout
 from rayrm.models.rendering import Renderer
 from rayrm.models.reward_model import HEAD
@@ -53,21 +54,23 @@ def export_reward_model(
     call it, and `state` counts on rank 0.
     """
     if dist.get_rank() == 0:
+        renderer.tokenizer.chat_template = renderer.template
         if training.lora is not None:
             # What rank 0 loads alone must be whole.
             unset_hf_deepspeed_config()
-            tokenizer, seed = renderer.tokenizer, training.seed
+            tokenizer, new_head = renderer.tokenizer, training.new_head
             dtype, in_4bit = network.dtype, training.load_in_4bit
-            whole = readout.load(training.model, tokenizer, head_seed=seed, dtype=dtype, load_in_4bit=in_4bit).network
+            whole = readout.load(
+                training.model, tokenizer, new_head=new_head, dtype=dtype, load_in_4bit=in_4bit
+            ).network
             if in_4bit:
                 whole = whole.dequantize()
             whole.config.pad_token_id = network.config.pad_token_id
             view = add_updates(whole, training.lora, training.seed)
             whole.load_state_dict(state, strict=False)
-            save_adapter(view, training.model, output)
+            save_adapter(view, training.model, renderer, output)
             network = view.merge_and_unload()
             state = network.state_dict()
-        renderer.tokenizer.chat_template = renderer.template
 
         def write(folder: Path) -> None:
             network.save_pretrained(folder, state_dict=state)
@@ -78,8 +81,11 @@ def export_reward_model(
     dist.barrier()
 
 
-def save_adapter(view: Any, base: str, output: str) -> None:
-    """Save the LoRA updates of `view`, and the head where it has one, to `<output>/adapter`."""
+def save_adapter(view: Any, base: str, renderer: Renderer, output: str) -> None:
+    """Save the LoRA updates of `view`, the head where it has one, and the tokenizer to `<output>/adapter`, whole.
+
+    Raises CheckpointError when a tensor is not finite.
+    """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -90,9 +96,14 @@ def save_adapter(view: Any, base: str, output: str) -> None:
     if hasattr(network, HEAD):
         settings.task_type, settings.modules_to_save = "SEQ_CLS", [HEAD]
         state[f"base_model.model.{HEAD}.weight"] = getattr(network, HEAD).weight.detach().cpu().contiguous()
-    with TemporaryDirectory() as temporary:
+    for name, tensor in state.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"Tensor '{name}' of the adapter in '{output}' is not finite; try a lower lr.")
+    # Beside its place, so that it is moved there at once.
+    with TemporaryDirectory(prefix=".adapter-", dir=None if "://" in output else output) as temporary:
         folder = Path(temporary) / ADAPTER
         folder.mkdir()
+        renderer.tokenizer.save_pretrained(folder)
         settings.save_pretrained(str(folder))
         save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
         publish(folder, files.join(output, ADAPTER))

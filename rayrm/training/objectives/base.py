@@ -50,8 +50,8 @@ class Measured(NamedTuple):
 class Objective(Config):
     """What is learned from a row."""
 
-    use_weight: bool = False
-    """Multiply a row's loss by the row's `weight`."""
+    use_weight: bool = True
+    """Multiply a row's loss by the row's `weight`, where it has one."""
 
     rows: ClassVar[RowType]
     """Rows that are learned from."""

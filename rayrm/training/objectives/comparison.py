@@ -39,9 +39,9 @@ class PairwiseComparison(Objective):
         return Comparison(words=self.words)
 
     def encode(self, row: Mapping[str, Any], renderer: Renderer) -> Example | str:
-        """The question in both orders, the chosen side first in the first one.
+        """The question in both orders, the chosen side first in the first one; targets are the tokens of both sides.
 
-        Reasons: not_ending_in_assistant, empty_content, identical_responses, other_prompt.
+        Reasons: not_ending_in_assistant, empty_content, identical_responses, prompt_mismatch.
         """
         sides = check_pair(row)
         if isinstance(sides, str):
@@ -49,7 +49,10 @@ class PairwiseComparison(Objective):
         (prompt, chosen), (other, rejected) = sides
         if prompt != other:
             return "prompt_mismatch"
-        return Example(list(Comparison(words=self.words).encode_both(renderer, prompt, chosen, rejected)), [])
+        orders = Comparison(words=self.words).encode_both(renderer, prompt, chosen, rejected)
+        # Both orders have all tokens of both sides, so they do not say which side is the longer one.
+        ids = renderer.tokenizer([chosen, rejected], add_special_tokens=False)["input_ids"]
+        return Example(list(orders), [float(len(side)) for side in ids])
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean over both orders."""
@@ -71,7 +74,7 @@ class PairwiseComparison(Objective):
         chosen = (first + 1 - second) / 2
         tiny = np.finfo(float).tiny
         rewards = np.log(np.maximum(np.stack([chosen, 1 - chosen]), tiny))
-        extra = measured.lengths[0] * 0
+        extra = (measured.targets[:, 0] - measured.targets[:, 1]).astype(np.int64)
         found = measure_pairs(MeasuredPairs(rewards, measured.losses, extra, measured.languages, measured.subsets))
         mass = np.exp(measured.outputs[:, :, 0]).sum(-1).mean(0)
         values = {"first_share": (first + second) / 2, "words_mass": mass}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rayrm.models.readouts import Gated, Readout
 from rayrm.runs import INPUT
@@ -33,6 +33,13 @@ class GatedRatings(BradleyTerry):
     of `ratings`."""
     fit: Gating = Gating()
     """How heads, penalties and gate are fitted."""
+
+    @model_validator(mode="after")
+    def _plain_loss(self) -> GatedRatings:
+        wanted = [n for n in ("use_margin", "use_label", "label_smoothing", "centering") if getattr(self, n)]
+        if wanted:
+            raise ValueError(f"a gate is fitted to plain preferences, and knows no {', '.join(wanted)}; leave it out")
+        return self
 
     def readout(self, targets: Floats) -> Readout:
         """All scores, weighed by the gate."""
