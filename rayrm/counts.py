@@ -60,6 +60,8 @@ def describe_counts(counts: dict[str, Any]) -> str:
     text = f"{counts['read']:,} rows read, {counts['written']:,} written"
     if counts["dropped"]:
         text += ", dropped: " + ", ".join(f"{num:,} {reason}" for reason, num in counts["dropped"].items())
+    if counts.get("truncated"):
+        text += f", {counts['truncated']:,} of them truncated"
     failed = Counter[str]()
     for words in counts["status"].values():
         failed.update({word: num for word, num in words.items() if word not in SCORED})

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from rayrm.config import build_config
+from rayrm.counts import describe_counts
 from rayrm.errors import CheckpointError, ConfigError, OutputExistsError, SchemaError
 from rayrm.models.creation import CreationConfig, create_model
 from rayrm.training.batches import batch_of_step, micro_batches, steps_per_epoch
@@ -580,6 +581,7 @@ def test_two_workers_with_zero_3_end_like_one_and_are_verified(data, tmp_path, r
 def test_plain_transformers_and_vllm_give_the_rewards_of_training(data, tmp_path, ray_cluster):
     job = make_job(data, tmp_path / "run", workers=2, zero_stage=3, max_steps=3)
     done = train_reward_model(job)
+    assert describe_counts(done["counts"] | {"truncated": 2}) == "60 rows read, 60 written, 2 of them truncated"
     renderer = make_renderer(job.training.model, None, 96)
     rows = [
         renderer.pair_ids(row["prompt"], row[name][0]["content"]).ids

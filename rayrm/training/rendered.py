@@ -104,8 +104,8 @@ def _padded(column: pa.ChunkedArray) -> NDArray[np.float32]:
 def render_rows(path: str, output: str, training: RewardTraining, name: str = RENDERED) -> dict[str, Any]:
     """Render the rows at `path` to `<output>/<name>`, unless they are there, in parallel.
 
-    Returns `counts` (read, written, train, held_out, and dropped by reason), `probe`, up to 16 rows that were kept,
-    held-out ones if there are any, the renderer's `fingerprint`, and the `readout` of the model that will be trained.
+    Returns `counts` (read, written, train, held_out, truncated, and dropped by reason), `probe`, up to 16 rows that were
+    kept, held-out ones if there are any, the renderer's `fingerprint`, and the `readout` of the model that will be trained.
     Raises SchemaError when nothing is left to train on, or when a row is too long and `on_overlength` is `error`, and
     ConfigError when a held-out share holds out nothing.
     """
@@ -148,7 +148,8 @@ def _facts(table: pa.Table, counters: Sequence[Counter[str]], probes: list[dict[
         "train": table.num_rows - held_out,
         "held_out": held_out,
         "dropped": dict(sorted(dropped.items())),
-        "status": {"truncated": sum(table["is_truncated"].to_pylist())},
+        "truncated": table["is_truncated"].to_pylist().count(True),
+        "status": {},
     }
     first = [probe for probe in probes if probe["is_held_out"]] or probes
     return {"counts": counts, "probe": first[:NUM_PROBES]}
