@@ -6,7 +6,8 @@ RayRMError
 ├── OutputExistsError    the output holds the work of another config
 ├── EvaluationError      too many records failed, or nothing is left to measure
 ├── CheckpointError      a model or checkpoint is missing, incomplete or broken
-└── ResourceError        the cluster can never give what was asked for
+├── ResourceError        the cluster can never give what was asked for
+└── ServiceError         an HTTP service refuses a request, or cannot be reached
 
 A message says what, where, what was found, and what would do.
 """
@@ -38,3 +39,7 @@ class CheckpointError(RayRMError):
 
 class ResourceError(RayRMError):
     """The cluster can never give what was asked for."""
+
+
+class ServiceError(RayRMError):
+    """An HTTP service refuses a request, or cannot be reached."""

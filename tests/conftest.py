@@ -59,3 +59,31 @@ def process_group(tmp_path_factory):
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def served_model(tmp_path_factory):
+    """A small reward model as training leaves it: marked, calibrated, with a head that tells texts apart."""
+    import json
+
+    from rayrm.models.creation import CreationConfig, create_model
+    from rayrm.models.reward_model import NewHead, load_padding_tokenizer, load_reward_model
+    from rayrm.models.rewarder import Rendering, load_rewarder
+
+    folder = tmp_path_factory.mktemp("served")
+    texts = ["the cat sat on the mat", "der Hund schläft im Haus", "translate this text", "good", "bad"]
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_layers": 2, "num_heads": 2}
+    create_model(texts, CreationConfig.model_validate({**sizes, "max_length": 128}), f"{folder}/policy")
+    tokenizer = load_padding_tokenizer(f"{folder}/policy")
+    network = load_reward_model(f"{folder}/policy", new_head=NewHead(3)).network
+    network.score.weight.data *= 40
+    network.config.pad_token_id = tokenizer.pad_token_id
+    network.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    renderer = load_rewarder(f"{folder}/model", Rendering(max_length=96)).renderer
+    rendering = {"chat_template": None, "max_length": 96, "fingerprint": renderer.fingerprint()}
+    spread = {"mean": 1.0, "std": 2.0, "num": 10}
+    calibration = {**spread, "languages": {"de": {"mean": 3.0, "std": 4.0, "num": 5}}, "rows": "rows"}
+    mark = {"rendering": rendering, "readout": {"type": "last_token"}, "calibration": calibration, "digest": "d1"}
+    (folder / "model/rayrm.json").write_text(json.dumps(mark))
+    return str(folder / "model")

@@ -66,7 +66,10 @@ class Rewarder:
         try:
             make_packable(self.model.network)
             self.is_packed = True
+            # A model that cannot, and does not look like it, tells so in its first pass.
+            self.read_trees([[Encoded([0], [0], "ok")]])
         except ConfigError as obstacle:
+            self.is_packed = False
             log.info("%s Rows are padded.", obstacle)
 
     def rewards(self, pairs: Iterable[tuple[Any, ...]], token_budget: int = 16384) -> list[Reward]:

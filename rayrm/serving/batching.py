@@ -1,0 +1,201 @@
+"""Batches across requests, within a replica: by token budget, rows of like length together, the most urgent first.
+
+One thread runs the model. Whenever it is free, the item whose deadline is nearest goes, and with it as many others as
+the budget holds, those of the most similar length first; so a long item waits for no more than the batches of those
+before it, and short ones are not padded to its length. An item is refused at once when what stands before it will take
+longer than its deadline, as told by the tokens waiting and the speed of the batches so far.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+SMOOTHING = 0.2
+"""Weight of the newest batch in the measured speed."""
+
+
+class OverloadedError(Exception):
+    """The queue's wait is longer than the deadline."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(f"the queue is longer than the deadline; try again in {retry_after_s:.0f} s")
+        self.retry_after_s = retry_after_s
+        """Seconds after which the queue will be short enough, as far as it is known now."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.retry_after_s,)
+
+
+class Item(NamedTuple):
+    """Something to be computed."""
+
+    key: Hashable
+    """Items with the same key give the same result; those in flight together are computed once."""
+    payload: Any
+    """What the model takes."""
+    num_tokens: int
+    """Tokens that the model computes for it."""
+
+
+class Outcome(NamedTuple):
+    """A result, and how it came about."""
+
+    value: Any
+    """What the model gave."""
+    queue_s: float
+    """Seconds from asking to the start of the batch; 0 from the cache."""
+    run_s: float
+    """Seconds that the batch took."""
+    batch_tokens: int
+    """Tokens of the batch, padding left out."""
+    padded_tokens: int
+    """Tokens of the batch, padding included."""
+
+
+class _Waiting:
+    """An item in the queue, and those who wait for it."""
+
+    def __init__(self, item: Item, asked: float, deadline: float) -> None:
+        self.item, self.asked, self.deadline = item, asked, deadline
+        self.future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self.waiters = 0
+
+
+class TokenBatcher:
+    """The queue before a model; to be used from one event loop."""
+
+    def __init__(
+        self,
+        run: Callable[[list[Any]], Sequence[Any]],
+        token_budget: int,
+        tokens_s: float,
+        is_padded: bool,
+        cache_size: int = 0,
+    ) -> None:
+        """`run` gives one result for each payload, in order, and is called in a thread, one batch at a time.
+
+        `token_budget` bounds the tokens of a batch, with padding if `is_padded`; an item above it runs alone.
+        `tokens_s` is the speed to begin with. `cache_size` is how many results are remembered by their keys.
+        """
+        self._run = run
+        self._budget = token_budget
+        self._is_padded = is_padded
+        self._cache_size = cache_size
+        self._cache: OrderedDict[Hashable, Any] = OrderedDict()
+        self._known: dict[Hashable, _Waiting] = {}
+        self._queue: list[_Waiting] = []
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._drainer: asyncio.Task[None] | None = None
+        self.tokens_s = tokens_s
+        """Tokens a second, a moving mean over the batches."""
+        self.queued_tokens = 0
+        """Tokens of all items that wait."""
+        self._running = (0, 0.0)
+
+    def wait_s(self) -> float:
+        """Seconds until an item that comes now would start."""
+        tokens, since = self._running
+        left = max(0.0, tokens / self.tokens_s - (time.monotonic() - since)) if tokens else 0.0
+        return left + self.queued_tokens / self.tokens_s
+
+    async def submit(self, item: Item, deadline_s: float) -> Outcome:
+        """The outcome of an item, within `deadline_s` seconds.
+
+        Raises OverloadedError when the queue is too long for that, TimeoutError when it took longer after all, and what
+        the model raised. An item that nobody waits for any more leaves the queue.
+        """
+        if item.key in self._cache:
+            self._cache.move_to_end(item.key)
+            return Outcome(self._cache[item.key], 0.0, 0.0, 0, 0)
+        waiting = self._known.get(item.key)
+        now = time.monotonic()
+        if waiting is None:
+            wait = self.wait_s()
+            if wait > deadline_s:
+                raise OverloadedError(wait - deadline_s)
+            waiting = self._known[item.key] = _Waiting(item, now, now + deadline_s)
+            self._queue.append(waiting)
+            self.queued_tokens += item.num_tokens
+            if self._drainer is None or self._drainer.done():
+                self._drainer = asyncio.create_task(self._drain())
+        else:
+            waiting.deadline = min(waiting.deadline, now + deadline_s)
+        waiting.waiters += 1
+        try:
+            # Shielded, since others may wait for the same item.
+            return await asyncio.wait_for(asyncio.shield(waiting.future), deadline_s)
+        finally:
+            waiting.waiters -= 1
+            if not waiting.waiters and waiting in self._queue:
+                self._leave(waiting)
+                del self._known[item.key]
+
+    async def drain(self) -> None:
+        """Return when nothing waits or runs any more."""
+        while self._drainer is not None and not self._drainer.done():
+            await asyncio.shield(self._drainer)
+
+    def _leave(self, waiting: _Waiting) -> None:
+        self._queue.remove(waiting)
+        self.queued_tokens -= waiting.item.num_tokens
+
+    async def _drain(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._queue:
+            batch = self._next_batch()
+            for waiting in batch:
+                self._leave(waiting)
+            began = time.monotonic()
+            sizes = [waiting.item.num_tokens for waiting in batch]
+            padded = self._cost(len(sizes), max(sizes), sum(sizes))
+            self._running = (padded, began)
+            try:
+                values = await loop.run_in_executor(self._thread, self._run, [w.item.payload for w in batch])
+            except Exception as error:
+                # Whatever the model raised is for those who wait.
+                for waiting in batch:
+                    del self._known[waiting.item.key]
+                    waiting.future.set_exception(error)
+                    # Read here, since there may be nobody left to hear of it.
+                    waiting.future.exception()
+                continue
+            finally:
+                self._running = (0, 0.0)
+            taken = max(time.monotonic() - began, 1e-6)
+            self.tokens_s += SMOOTHING * (sum(sizes) / taken - self.tokens_s)
+            for waiting, value in zip(batch, values, strict=True):
+                del self._known[waiting.item.key]
+                self._remember(waiting.item.key, value)
+                waiting.future.set_result(Outcome(value, began - waiting.asked, taken, sum(sizes), padded))
+
+    def _remember(self, key: Hashable, value: Any) -> None:
+        if self._cache_size:
+            self._cache[key] = value
+            while len(self._cache) > self._cache_size:
+                self._cache.popitem(last=False)
+
+    def _next_batch(self) -> list[_Waiting]:
+        first = min(self._queue, key=lambda waiting: waiting.deadline)
+        size = first.item.num_tokens
+        if self._is_padded:
+            others = sorted(self._queue, key=lambda waiting: abs(waiting.item.num_tokens - size))
+        else:
+            others = sorted(self._queue, key=lambda waiting: waiting.deadline)
+        batch, longest, total = [first], size, size
+        for waiting in others:
+            if waiting is first:
+                continue
+            num = waiting.item.num_tokens
+            if self._cost(len(batch) + 1, max(longest, num), total + num) > self._budget:
+                break
+            batch.append(waiting)
+            longest, total = max(longest, num), total + num
+        return batch
+
+    def _cost(self, num: int, longest: int, total: int) -> int:
+        return num * longest if self._is_padded else total

@@ -1,0 +1,298 @@
+"""Our own HTTP API: rewards, pairs and best of n, with a status for each item instead of a made-up number."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from rayrm.rows import Message
+from rayrm.serving.questions import RETRYABLE, Answer, Completions, Verdict
+from rayrm.serving.service import Service, refuse
+
+PROMPT = "Which city is the capital of France?"
+
+
+class Body(BaseModel):
+    """Of all requests of ours: keys that nobody knows are refused, so that a misspelled one is found."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Turn(Body):
+    """A message of a conversation."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+
+
+Prompt = Annotated[str | list[Turn], Field(description="A text, taken for one user turn, or messages.")]
+
+
+class RewardItem(Body):
+    """A prompt and its completions."""
+
+    prompt: Prompt
+    completions: list[str]
+    """Texts of the assistant."""
+    lang: str | None = Field(None, max_length=35)
+    """Language of the completions, `de`, or languages of a translation, `en-de`; counted in the metrics, and used for
+    calibrated rewards."""
+    tools: list[dict[str, Any]] | None = None
+    """Tool schemas for the chat template to show."""
+
+
+class Asking(Body):
+    """What every request may say."""
+
+    model: str | None = None
+    """A name or an alias of /v1/models; null for the first one."""
+    deadline_s: float | None = Field(None, gt=0)
+    """Seconds after which the answer is of no use; the server's own deadline is the longest."""
+
+
+class RewardsBody(Asking):
+    """Items to be rewarded."""
+
+    items: list[RewardItem]
+    outputs: list[Literal["raw", "calibrated", "ratings", "tokens"]] = []
+    """What to tell beside the reward: the network's raw outputs, standard deviations from the mean reward, the parts of
+    the reward by name, and the token ids that were read."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"items": [{"prompt": PROMPT, "completions": ["Paris.", "Rome."]}]}]}
+    )
+
+
+class Rewarded(BaseModel):
+    """A completion's reward, or why it has none."""
+
+    reward: float | None
+    status: str
+    """ok, truncated, overlength, empty, error, nan, timeout or overloaded."""
+    detail: str | None
+    num_tokens: int
+    raw: list[list[float]] | None = None
+    calibrated: float | None = None
+    ratings: dict[str, float] | None = None
+    tokens: list[int] | None = None
+
+
+class RewardedItem(BaseModel):
+    """All completions of an item, in their order."""
+
+    lang: str | None
+    completions: list[Rewarded]
+
+
+class Usage(BaseModel):
+    """Tokens of all that was read."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class RewardsReply(BaseModel):
+    """The items in their order."""
+
+    id: str
+    model: str
+    items: list[RewardedItem]
+    usage: Usage
+
+
+class PairItem(Body):
+    """Two completions of one prompt."""
+
+    prompt: Prompt
+    first: str
+    second: str
+
+
+class PairsBody(Asking):
+    """Pairs to be compared."""
+
+    pairs: list[PairItem]
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"pairs": [{"prompt": PROMPT, "first": "Paris.", "second": "Rome."}]}]}
+    )
+
+
+class ComparedPair(BaseModel):
+    """Which of the two is better."""
+
+    better: Literal["first", "second", "tie"] | None
+    probability: float | None
+    """That the first is the better one."""
+    rewards: list[float] | None
+    """Of both, by a model that rewards single completions."""
+    status: str
+    detail: str | None
+    num_tokens: int
+
+
+class PairsReply(BaseModel):
+    """The pairs in their order."""
+
+    id: str
+    model: str
+    pairs: list[ComparedPair]
+    usage: Usage
+
+
+class BestOfNBody(Asking):
+    """A prompt whose best completions are wanted."""
+
+    prompt: Prompt
+    completions: list[str]
+    n: int = Field(1, ge=1)
+    """How many of the best."""
+    lang: str | None = Field(None, max_length=35)
+    """As that of /v1/rewards."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"prompt": PROMPT, "completions": ["Paris.", "Rome.", "I do not know."]}]}
+    )
+
+
+class Ranked(BaseModel):
+    """A completion among the best."""
+
+    index: int
+    completion: str
+    reward: float
+
+
+class Unranked(BaseModel):
+    """A completion without a reward."""
+
+    index: int
+    status: str
+    detail: str | None
+
+
+class BestOfNReply(BaseModel):
+    """The best, best first; of equal rewards the one that came first."""
+
+    id: str
+    model: str
+    best: list[Ranked]
+    unscored: list[Unranked]
+    usage: Usage
+
+
+def turns(prompt: str | Sequence[Turn]) -> list[Message]:
+    """A prompt as messages."""
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    return [{"role": turn.role, "content": turn.content} for turn in prompt]
+
+
+def usage(answers: Sequence[Answer | Verdict]) -> Usage:
+    """Tokens of all answers."""
+    total = sum(answer.num_tokens for answer in answers)
+    return Usage(prompt_tokens=total, total_tokens=total)
+
+
+def native_routes(service: Service) -> APIRouter:
+    """The routes of this API."""
+    router = APIRouter(tags=["rayrm"])
+
+    @router.post("/v1/rewards")
+    async def rewards(body: RewardsBody, request: Request) -> RewardsReply:
+        """Reward every completion of every item. A request none of whose items can be had in time is a 503."""
+        questions = [
+            Completions(
+                turns(item.prompt), item.completions, item.lang, None if item.tools is None else json.dumps(item.tools)
+            )
+            for item in body.items
+        ]
+        found = await service.answer(body.model, questions, body.deadline_s)
+        model = service.find(body.model)
+        flat = [answer for answers in found for answer in answers]
+        _refuse_if_all_may_be_had_later(flat)
+        ids = [
+            await model.backend.tokenize(question) if "tokens" in body.outputs else [None] * len(question.completions)
+            for question in questions
+        ]
+        items = [
+            RewardedItem(
+                lang=question.lang,
+                completions=[_rewarded(a, row, body.outputs) for a, row in zip(answers, rows, strict=True)],
+            )
+            for question, answers, rows in zip(questions, found, ids, strict=True)
+        ]
+        return RewardsReply(id=_id(request), model=model.config.name, items=items, usage=usage(flat))
+
+    @router.post("/v1/rewards/pairs")
+    async def pairs(body: PairsBody, request: Request) -> PairsReply:
+        """Which completion of each pair is better, and with what probability."""
+        questions = [Completions(turns(pair.prompt), [pair.first, pair.second]) for pair in body.pairs]
+        found = await service.compare(body.model, questions, body.deadline_s)
+        _refuse_if_all_may_be_had_later(found)
+        name = service.find(body.model).config.name
+        return PairsReply(id=_id(request), model=name, pairs=[_compared(v) for v in found], usage=usage(found))
+
+    @router.post("/v1/best_of_n")
+    async def best_of_n(body: BestOfNBody, request: Request) -> BestOfNReply:
+        """The completions with the highest rewards."""
+        question = Completions(turns(body.prompt), body.completions, body.lang)
+        (answers,) = await service.answer(body.model, [question], body.deadline_s)
+        _refuse_if_all_may_be_had_later(answers)
+        ranked = [
+            Ranked(index=index, completion=body.completions[index], reward=answer.reward)
+            for index, answer in enumerate(answers)
+            if answer.reward is not None
+        ]
+        ranked.sort(key=lambda each: -each.reward)
+        unscored = [
+            Unranked(index=index, status=answer.status, detail=answer.detail)
+            for index, answer in enumerate(answers)
+            if answer.reward is None
+        ]
+        name = service.find(body.model).config.name
+        return BestOfNReply(id=_id(request), model=name, best=ranked[: body.n], unscored=unscored, usage=usage(answers))
+
+    return router
+
+
+def _id(request: Request) -> str:
+    found: str = request.state.request_id
+    return found
+
+
+def _refuse_if_all_may_be_had_later(answers: Sequence[Answer | Verdict]) -> None:
+    if answers and all(answer.status in RETRYABLE for answer in answers):
+        refuse(answers[0], "Every item")
+
+
+def _rewarded(answer: Answer, ids: list[int] | None, outputs: Sequence[str]) -> Rewarded:
+    return Rewarded(
+        reward=answer.reward,
+        status=answer.status,
+        detail=answer.detail,
+        num_tokens=answer.num_tokens,
+        raw=answer.outputs if "raw" in outputs else None,
+        calibrated=answer.calibrated if "calibrated" in outputs else None,
+        ratings=answer.ratings if "ratings" in outputs else None,
+        tokens=ids,
+    )
+
+
+def _compared(verdict: Verdict) -> ComparedPair:
+    gap = verdict.log_odds
+    probability = None if gap is None else (1 + math.tanh(gap / 2)) / 2
+    better: Any = None if gap is None else "first" if gap > 0 else "second" if gap < 0 else "tie"
+    return ComparedPair(
+        better=better,
+        probability=probability,
+        rewards=None if verdict.rewards is None else list(verdict.rewards),
+        status=verdict.status,
+        detail=verdict.detail,
+        num_tokens=verdict.num_tokens,
+    )

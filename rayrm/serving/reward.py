@@ -1,0 +1,64 @@
+"""The Serve application `reward`: reward models, each in a deployment of its own, and one gateway before them."""
+
+# No `from __future__ import annotations` here: with it, Serve does not see the type of `args`, and checks nothing.
+
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from rayrm.serving.config import Directory, RewardService
+from rayrm.serving.gateway import make_app
+from rayrm.serving.guard import read_keys
+from rayrm.serving.metrics import Metrics
+from rayrm.serving.replica import RewardReplica
+from rayrm.serving.service import ServeBackend, Service
+
+NO_ACCESS_LOG = {"enable_access_log": False}
+DRAIN_S = 10.0
+"""Seconds beyond the longest deadline that a replica which is taken away gets for what it has accepted."""
+
+
+@serve.deployment
+@serve.ingress()
+class GatewayReplica:
+    """The gateway, in front of handles to its models."""
+
+    def __init__(self, values: dict[str, Any], handles: dict[str, DeploymentHandle]) -> None:
+        directory = Directory.model_validate(values)
+        self._service = Service(directory, {name: ServeBackend(each) for name, each in handles.items()}, Metrics())
+        self._keys = read_keys(directory.gateway)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return make_app(self._service, self._keys)
+
+
+def build_app(args: RewardService) -> serve.Application:
+    """Reward models behind a gateway, from the values of a file in serve_configs/."""
+    gateway = args.gateway
+    read_keys(gateway)
+    drain_s = gateway.deadline_s + DRAIN_S
+    # All that the gateways let in may go to one replica, whose own queue refuses by time and not by number.
+    at_once = gateway.max_ongoing_requests * gateway.num_replicas
+    handles = {
+        model.name: serve.deployment(RewardReplica)
+        .options(
+            name=model.name,
+            max_ongoing_requests=at_once,
+            graceful_shutdown_timeout_s=drain_s,
+            logging_config=NO_ACCESS_LOG,
+            **model.replicas.deployment(),
+        )
+        .bind(model.model_dump(mode="json"))
+        for model in args.models
+    }
+    options = {
+        "name": "gateway",
+        "num_replicas": gateway.num_replicas,
+        "max_ongoing_requests": gateway.max_ongoing_requests,
+        "max_queued_requests": gateway.max_ongoing_requests,
+        "graceful_shutdown_timeout_s": drain_s,
+        "logging_config": NO_ACCESS_LOG,
+        "ray_actor_options": {"num_cpus": gateway.num_cpus},
+    }
+    return GatewayReplica.options(**options).bind(args.directory().model_dump(mode="json"), handles)  # type: ignore[attr-defined]
