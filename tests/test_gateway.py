@@ -329,3 +329,22 @@ def test_names_of_models_are_told_apart():
     models = [{"name": "a", "model": "x"}, {"name": "b", "aliases": ["a"], "model": "y"}]
     with pytest.raises(ConfigError, match="several models are called a"):
         build_config(RewardService, {"models": models}, "the test")
+
+
+def test_requests_are_traced_below_those_of_their_clients(replica, monkeypatch):
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    from rayrm.serving import guard, tracing
+
+    assert tracing.find_tracer() is None
+    exporter = InMemorySpanExporter()
+    tracer = tracing.find_tracer(exporter)
+    monkeypatch.setattr(guard, "find_tracer", lambda: tracer)
+    client = make_client(replica)
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    client.post("/get_reward", {"query": ["good"]}, headers={"traceparent": parent, "x-request-id": "mine"})
+    tracer.span_processor.force_flush()
+    (span,) = exporter.get_finished_spans()
+    assert (span.name, span.attributes["http.response.status_code"]) == ("/get_reward", 200)
+    assert format(span.context.trace_id, "032x") in parent and format(span.parent.span_id, "016x") in parent
+    assert span.attributes["rayrm.request_id"] == "mine"

@@ -66,10 +66,12 @@ class BleurtScorer:
         null in all of these cases but `truncated`.
         """
         pairs = [(row["reference"], text) for row in rows for text in row["candidates"] or []]
-        outcomes = self._score_pairs(list(dict.fromkeys(pair for pair in pairs if _fault(*pair) is None)))
+        outcomes = self._score_pairs(list(dict.fromkeys(pair for pair in pairs if find_fault(*pair) is None)))
         return [
             [
-                outcomes[row["reference"], text] if (fault := _fault(row["reference"], text)) is None else (None, fault)
+                outcomes[row["reference"], text]
+                if (fault := find_fault(row["reference"], text)) is None
+                else (None, fault)
                 for text in row["candidates"] or []
             ]
             for row in rows
@@ -86,7 +88,8 @@ class BleurtScorer:
         }
 
 
-def _fault(reference: str | None, candidate: str | None) -> str | None:
+def find_fault(reference: str | None, candidate: str | None) -> str | None:
+    """`empty` for a candidate without text, `error` for a reference without; None where both have some."""
     if not (candidate or "").strip():
         return "empty"
     return None if (reference or "").strip() else "error"

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from rayrm.config import Config
+from rayrm.config import Config, Workers
+from rayrm.scoring.bleurt import BleurtScoring
 from rayrm.scoring.reward_model import RewardModelScoring
 
 
@@ -103,6 +104,42 @@ class ServedModel(Config):
         )
 
 
+class ServedBleurt(Config):
+    """A BLEURT model behind the gateway, for `/v1/bleurt`."""
+
+    name: str = Field(min_length=1)
+    """What requests call it."""
+    aliases: tuple[str, ...] = ()
+    """Further names."""
+    model: str
+    """Folder or hub id of a BLEURT model."""
+    max_length: int | None = Field(None, ge=8)
+    """Most tokens of a reference with its candidate; null for the model's positions."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format; auto is bfloat16 on a GPU and float32 on a CPU."""
+    token_budget: int = Field(8192, ge=1)
+    """Most tokens of a forward pass, padding included; a longer item runs alone."""
+    cache_size: int = Field(0, ge=0)
+    """Results that each replica remembers."""
+    replicas: Replicas = Replicas()
+    """Copies of the model."""
+
+    def names(self) -> ModelNames:
+        """What the gateway knows of it."""
+        return ModelNames(name=self.name, aliases=self.aliases, is_always_on=self.replicas.min_replicas > 0)
+
+    def scoring(self) -> BleurtScoring:
+        """The same model as the offline jobs know it."""
+        workers = Workers(num_cpus=self.replicas.num_cpus, num_gpus=self.replicas.num_gpus)
+        return BleurtScoring(
+            model=self.model,
+            max_length=self.max_length,
+            dtype=self.dtype,
+            token_budget=self.token_budget,
+            workers=workers,
+        )
+
+
 class JudgeModel(Config):
     """A language model that judges, behind any OpenAI-compatible endpoint: one of ours, or an outside one."""
 
@@ -145,8 +182,10 @@ class Gateway(Config):
 class Directory(Config):
     """What a gateway is built from."""
 
-    models: list[ModelNames]
+    models: tuple[ModelNames, ...]
     """The models; requests that name none go to the first one."""
+    bleurt: tuple[ModelNames, ...] = ()
+    """BLEURT models."""
     judges: tuple[JudgeModel, ...] = ()
     """The judges; judgements that name none come from the first one."""
     gateway: Gateway
@@ -158,6 +197,8 @@ class RewardService(Config):
 
     models: tuple[ServedModel, ...] = ()
     """The reward models; requests that name none go to the first one."""
+    bleurt: tuple[ServedBleurt, ...] = ()
+    """BLEURT models; requests to `/v1/bleurt` that name none go to the first one."""
     judges: tuple[JudgeModel, ...] = ()
     """The judges; judgements that name none come from the first one."""
     gateway: Gateway = Gateway()
@@ -165,9 +206,9 @@ class RewardService(Config):
 
     @model_validator(mode="after")
     def _names_are_told_apart(self) -> RewardService:
-        if not self.models and not self.judges:
-            raise ValueError("there is nothing to serve; name models or judges")
-        served: list[ServedModel | JudgeModel] = [*self.models, *self.judges]
+        served: list[ServedModel | ServedBleurt | JudgeModel] = [*self.models, *self.bleurt, *self.judges]
+        if not served:
+            raise ValueError("there is nothing to serve; name models, bleurt or judges")
         names = [name for model in served for name in (model.name, *model.aliases)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -176,4 +217,5 @@ class RewardService(Config):
 
     def directory(self) -> Directory:
         """What the gateway is built from."""
-        return Directory(models=[model.names() for model in self.models], judges=self.judges, gateway=self.gateway)
+        names, bleurt = (tuple(model.names() for model in models) for models in (self.models, self.bleurt))
+        return Directory(models=names, bleurt=bleurt, judges=self.judges, gateway=self.gateway)

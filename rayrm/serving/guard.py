@@ -17,6 +17,7 @@ from rayrm.errors import ConfigError
 from rayrm.serving.config import Gateway
 from rayrm.serving.metrics import Metrics
 from rayrm.serving.service import RequestError
+from rayrm.serving.tracing import end_span, find_tracer, start_span
 
 log = logging.getLogger("rayrm.requests")
 KEYS = "RAYRM_API_KEYS"
@@ -60,6 +61,7 @@ class Guard:
         self.gateway = gateway
         self.metrics = metrics
         self._keys = [(key.encode(), name) for key, name in keys.items()]
+        self._tracer = find_tracer()
         self._recent: dict[str, deque[float]] = {name: deque() for name in gateway.quotas}
         self._in_flight = 0
 
@@ -71,6 +73,7 @@ class Guard:
         headers = dict(scope["headers"])
         request_id = headers.get(b"x-request-id", b"").decode("latin-1")[:128] or uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
+        span = start_span(self._tracer, headers, request_id)
         began, code = time.monotonic(), 500
         who = "-"
 
@@ -98,6 +101,7 @@ class Guard:
             self.metrics.request_s.labels(path).observe(seconds)
             line = {"id": request_id, "key": who, "path": path, "code": code, "ms": round(1000 * seconds, 1)}
             log.info(json.dumps(line))
+            end_span(span, path, code, {"key": who})
 
     def _admit(self, scope: Scope, headers: Mapping[bytes, bytes]) -> str:
         """Name of the key that a request has. A key in the path is taken out of it."""

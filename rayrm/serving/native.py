@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from rayrm.rows import Message
-from rayrm.serving.questions import RETRYABLE, Answer, Completions, Verdict
+from rayrm.serving.questions import RETRYABLE, Answer, Completions, Reference, Verdict
 from rayrm.serving.service import Service, refuse
 
 PROMPT = "Which city is the capital of France?"
@@ -186,6 +186,44 @@ class BestOfNReply(BaseModel):
     usage: Usage
 
 
+class ReferenceItem(Body):
+    """Candidates and the reference that they are compared with."""
+
+    reference: str
+    candidates: list[str]
+    lang: str | None = Field(None, max_length=35)
+    """Language of both; counted in the metrics."""
+
+
+class BleurtBody(Asking):
+    """Items to be scored; null for `model` is the first BLEURT model."""
+
+    items: list[ReferenceItem]
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"items": [{"reference": "The cat sat.", "candidates": ["A cat sat."]}]}]}
+    )
+
+
+class Scored(BaseModel):
+    """A candidate's score, or why it has none."""
+
+    score: float | None
+    status: str
+    """ok, truncated, empty, error (no reference), nan, timeout or overloaded."""
+    detail: str | None
+    num_tokens: int
+
+
+class BleurtReply(BaseModel):
+    """For each item, the scores of its candidates."""
+
+    id: str
+    model: str
+    items: list[list[Scored]]
+    usage: Usage
+
+
 def turns(prompt: str | Sequence[Turn]) -> list[Message]:
     """A prompt as messages."""
     if isinstance(prompt, str):
@@ -257,6 +295,22 @@ def native_routes(service: Service) -> APIRouter:
         ]
         name = service.find(body.model).config.name
         return BestOfNReply(id=_id(request), model=name, best=ranked[: body.n], unscored=unscored, usage=usage(answers))
+
+    @router.post("/v1/bleurt")
+    async def bleurt(body: BleurtBody, request: Request) -> BleurtReply:
+        """How like its reference each candidate is."""
+        name = body.model
+        if name is None and service.config.bleurt:
+            name = service.config.bleurt[0].name
+        questions = [Reference(item.reference, item.candidates, item.lang) for item in body.items]
+        found = await service.answer(name, questions, body.deadline_s)
+        flat = [answer for answers in found for answer in answers]
+        _refuse_if_all_may_be_had_later(flat)
+        items = [
+            [Scored(score=a.reward, status=a.status, detail=a.detail, num_tokens=a.num_tokens) for a in answers]
+            for answers in found
+        ]
+        return BleurtReply(id=_id(request), model=service.find(name).config.name, items=items, usage=usage(flat))
 
     return router
 

@@ -20,11 +20,21 @@ class Completions(NamedTuple):
     tools: str | None = None
     """Tool schemas, a JSON list, for the template to show."""
 
+    @property
+    def num_items(self) -> int:
+        """Answers to it."""
+        return len(self.completions)
+
 
 class Text(NamedTuple):
     """A conversation that is already rendered; it gets a BOS if it lacks the one its model has."""
 
     text: str
+
+    @property
+    def num_items(self) -> int:
+        """Answers to it."""
+        return 1
 
 
 class Ids(NamedTuple):
@@ -32,8 +42,27 @@ class Ids(NamedTuple):
 
     ids: list[int]
 
+    @property
+    def num_items(self) -> int:
+        """Answers to it."""
+        return 1
 
-Question = Completions | Text | Ids
+
+class Reference(NamedTuple):
+    """Candidates to be compared with a reference."""
+
+    reference: str
+    candidates: list[str]
+    lang: str | None = None
+    """Language of them; counted in the metrics."""
+
+    @property
+    def num_items(self) -> int:
+        """Answers to it."""
+        return len(self.candidates)
+
+
+Question = Completions | Text | Ids | Reference
 
 
 class Answer(NamedTuple):

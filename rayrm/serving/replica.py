@@ -21,7 +21,7 @@ from rayrm.scoring.reward_model import Calibration, check_reward_model
 from rayrm.serving.autoscaling import WAIT
 from rayrm.serving.batching import Item, Outcome, OverloadedError, TokenBatcher
 from rayrm.serving.config import ServedModel
-from rayrm.serving.questions import Answer, Completions, Question, Text, Verdict
+from rayrm.serving.questions import Answer, Completions, Question, Reference, Text, Verdict
 
 log = logging.getLogger("rayrm")
 WARM_TOKENS = 256
@@ -139,14 +139,16 @@ class RewardReplica:
         if isinstance(question, Completions):
             if isinstance(readout, Comparison):
                 return [Encoded([], [], "compares")] * len(question.completions)
-            prompt_is_text = all(_is_unicode(f"{turn['role']}{turn['content']}") for turn in question.prompt)
+            prompt_is_text = all(is_unicode(f"{turn['role']}{turn['content']}") for turn in question.prompt)
             return [
                 self._completion(question, text)
-                if prompt_is_text and _is_unicode(text)
+                if prompt_is_text and is_unicode(text)
                 else Encoded([], [], "no_unicode")
                 for text in question.completions
             ]
-        if isinstance(question, Text) and not _is_unicode(question.text):
+        if isinstance(question, Reference):
+            return [Encoded([], [], "no_bleurt")] * question.num_items
+        if isinstance(question, Text) and not is_unicode(question.text):
             return [Encoded([], [], "no_unicode")]
         ids = renderer.encode(question.text) if isinstance(question, Text) else question.ids
         if isinstance(readout, Gated):
@@ -276,6 +278,7 @@ REASONS = {
     "timeout": "the deadline passed",
     "compares": "this model compares two completions and rewards no single one; ask for pairs",
     "gated": "this model needs to know where the prompt ends; send prompt and completion",
+    "no_bleurt": "this model rewards answers to prompts, and compares no candidates with references",
     "no_unicode": "it holds half of a surrogate pair, which is no character",
     "unknown_ids": "a token id is not in the model's vocabulary",
 }
@@ -291,7 +294,7 @@ def why(error: Exception) -> tuple[str, str, float]:
     return "error", f"the model failed with {type(error).__name__}", 0.0
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Whether no half of a surrogate pair is in the text; JSON may bring some, and no tokenizer takes them."""
     try:
         text.encode()

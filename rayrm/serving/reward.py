@@ -1,4 +1,4 @@
-"""The Serve application `reward`: reward models, each in a deployment of its own, and one gateway before them."""
+"""The Serve application: reward and BLEURT models, each in a deployment of its own, and one gateway before them."""
 
 # No `from __future__ import annotations` here: with it, Serve does not see the type of `args`, and checks nothing.
 
@@ -7,7 +7,8 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from rayrm.serving.config import Directory, RewardService
+from rayrm.serving.bleurt import BleurtReplica
+from rayrm.serving.config import Directory, RewardService, ServedBleurt, ServedModel
 from rayrm.serving.gateway import make_app
 from rayrm.serving.guard import read_keys
 from rayrm.serving.metrics import Metrics
@@ -40,8 +41,12 @@ def build_app(args: RewardService) -> serve.Application:
     drain_s = gateway.deadline_s + DRAIN_S
     # All that the gateways let in may go to one replica, whose own queue refuses by time and not by number.
     at_once = gateway.max_ongoing_requests * gateway.num_replicas
+    replicas: list[tuple[ServedModel | ServedBleurt, type]] = [
+        *((model, RewardReplica) for model in args.models),
+        *((model, BleurtReplica) for model in args.bleurt),
+    ]
     handles = {
-        model.name: serve.deployment(RewardReplica)
+        model.name: serve.deployment(replica)
         .options(
             name=model.name,
             max_ongoing_requests=at_once,
@@ -50,7 +55,7 @@ def build_app(args: RewardService) -> serve.Application:
             **model.replicas.deployment(),
         )
         .bind(model.model_dump(mode="json"))
-        for model in args.models
+        for model, replica in replicas
     }
     options = {
         "name": "gateway",

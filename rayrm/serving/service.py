@@ -58,7 +58,8 @@ class Service:
     def __init__(self, config: Directory, backends: Mapping[str, Backend], metrics: Metrics) -> None:
         self.config = config
         self.metrics = metrics
-        self.models = [Served(model, backends[model.name]) for model in config.models]
+        # Those of `/v1/bleurt` stand last, so that a request which names no model goes to a reward model.
+        self.models = [Served(model, backends[model.name]) for model in (*config.models, *config.bleurt)]
         self._by_name = {name: each for each in self.models for name in (each.config.name, *each.config.aliases)}
 
     def find(self, name: str | None) -> Served:
@@ -80,7 +81,7 @@ class Service:
     ) -> list[list[Answer]]:
         """An answer for each completion or conversation of each question. Raises RequestError."""
         model = self.find(name)
-        self._check_size(sum(len(q.completions) if isinstance(q, Completions) else 1 for q in questions))
+        self._check_size(sum(question.num_items for question in questions))
         allowed = self.deadline_s(deadline_s)
         chunks = [list(questions[start : start + CHUNK]) for start in range(0, len(questions), CHUNK)]
         found = await asyncio.gather(*(model.backend.answer(chunk, allowed) for chunk in chunks))
@@ -149,7 +150,7 @@ class ServeBackend:
         try:
             found: list[list[Answer]] = await self._call("answer", deadline_s, questions)
         except RequestError as error:
-            sizes = [len(q.completions) if isinstance(q, Completions) else 1 for q in questions]
+            sizes = [question.num_items for question in questions]
             return [
                 [Answer(None, *_status(error))._replace(retry_after_s=error.retry_after_s or 0.0)] * n for n in sizes
             ]
