@@ -28,7 +28,7 @@ from typing import Any
 PREFERENCES = Path(__file__).resolve().parents[2] / "shared" / "data" / "preferences" / "qa_feedback_train.jsonl"
 SIZES = {"vocab_size": 8192, "hidden_size": 416, "intermediate_size": 1120, "num_layers": 8, "num_heads": 8}
 MAX_LENGTH = 1024
-TOKEN_BUDGET = 8192
+TOKEN_BUDGET = 1024
 IN_FLIGHT = 256
 THREADS = 2
 IDLE_REQUESTS = 50

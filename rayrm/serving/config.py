@@ -83,7 +83,7 @@ class ServedModel(Config):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the network; auto is bfloat16 on a GPU and float32 on a CPU. The head is always float32."""
     token_budget: int = Field(8192, ge=1)
-    """Most tokens of a forward pass, padding included; a longer item runs alone."""
+    """Most tokens of a forward pass, padding included; a longer item runs alone. CPUs do best with some 1,024."""
     cache_size: int = Field(0, ge=0)
     """Results that each replica remembers, by the content of what was asked."""
     replicas: Replicas = Replicas()
