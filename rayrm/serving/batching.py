@@ -135,11 +135,6 @@ class TokenBatcher:
                 self._leave(waiting)
                 del self._known[item.key]
 
-    async def drain(self) -> None:
-        """Return when nothing waits or runs any more."""
-        while self._drainer is not None and not self._drainer.done():
-            await asyncio.shield(self._drainer)
-
     def _leave(self, waiting: _Waiting) -> None:
         self._queue.remove(waiting)
         self.queued_tokens -= waiting.item.num_tokens

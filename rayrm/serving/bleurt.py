@@ -50,7 +50,7 @@ class BleurtReplica:
 
     async def answer(self, questions: list[Question], deadline_s: float) -> list[list[Answer]]:
         """An answer for each candidate of each Reference, within `deadline_s` seconds; other questions are errors."""
-        return [await self._answer(question, deadline_s) for question in questions]
+        return await asyncio.gather(*(self._answer(question, deadline_s) for question in questions))
 
     async def compare(self, questions: list[Completions], deadline_s: float) -> list[Verdict]:
         """Nothing but errors."""

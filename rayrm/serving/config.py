@@ -67,21 +67,20 @@ class ModelNames(Config):
     """Whether it runs all the time, so that the server is not ready without it."""
 
 
-class ServedModel(Config):
-    """A reward model behind the gateway."""
+class HostedModel(Config):
+    """A model that replicas of ours hold."""
 
     name: str = Field(min_length=1)
     """What requests call it."""
     aliases: tuple[str, ...] = ()
     """Further names."""
     model: str
-    """Folder or hub id of a reward model."""
-    chat_template: str | None = None
-    """For checkpoints that do not say how they are rendered: a template's name or path, or none."""
+    """Folder or hub id of the model."""
     max_length: int | None = Field(None, ge=8)
-    """For checkpoints that do not say: most tokens of a prompt with its completion; null for the model's positions."""
+    """Most tokens of an item, for models that do not say; null for the model's positions."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the network; auto is bfloat16 on a GPU and float32 on a CPU. The head is always float32."""
+    """Number format of the network; auto is bfloat16 on a GPU and float32 on a CPU. A reward model's head is always
+    float32."""
     token_budget: int = Field(8192, ge=1)
     """Most tokens of a forward pass, padding included; a longer item runs alone. CPUs do best with some 1,024."""
     cache_size: int = Field(0, ge=0)
@@ -92,6 +91,13 @@ class ServedModel(Config):
     def names(self) -> ModelNames:
         """What the gateway knows of it."""
         return ModelNames(name=self.name, aliases=self.aliases, is_always_on=self.replicas.min_replicas > 0)
+
+
+class ServedModel(HostedModel):
+    """A reward model behind the gateway."""
+
+    chat_template: str | None = None
+    """For checkpoints that do not say how they are rendered: a template's name or path, or none."""
 
     def scoring(self) -> RewardModelScoring:
         """The same model as the offline jobs know it."""
@@ -104,29 +110,8 @@ class ServedModel(Config):
         )
 
 
-class ServedBleurt(Config):
+class ServedBleurt(HostedModel):
     """A BLEURT model behind the gateway, for `/v1/bleurt`."""
-
-    name: str = Field(min_length=1)
-    """What requests call it."""
-    aliases: tuple[str, ...] = ()
-    """Further names."""
-    model: str
-    """Folder or hub id of a BLEURT model."""
-    max_length: int | None = Field(None, ge=8)
-    """Most tokens of a reference with its candidate; null for the model's positions."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format; auto is bfloat16 on a GPU and float32 on a CPU."""
-    token_budget: int = Field(8192, ge=1)
-    """Most tokens of a forward pass, padding included; a longer item runs alone."""
-    cache_size: int = Field(0, ge=0)
-    """Results that each replica remembers."""
-    replicas: Replicas = Replicas()
-    """Copies of the model."""
-
-    def names(self) -> ModelNames:
-        """What the gateway knows of it."""
-        return ModelNames(name=self.name, aliases=self.aliases, is_always_on=self.replicas.min_replicas > 0)
 
     def scoring(self) -> BleurtScoring:
         """The same model as the offline jobs know it."""
@@ -206,7 +191,7 @@ class RewardService(Config):
 
     @model_validator(mode="after")
     def _names_are_told_apart(self) -> RewardService:
-        served: list[ServedModel | ServedBleurt | JudgeModel] = [*self.models, *self.bleurt, *self.judges]
+        served: list[HostedModel | JudgeModel] = [*self.models, *self.bleurt, *self.judges]
         if not served:
             raise ValueError("there is nothing to serve; name models, bleurt or judges")
         names = [name for model in served for name in (model.name, *model.aliases)]

@@ -8,7 +8,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from rayrm.serving.bleurt import BleurtReplica
-from rayrm.serving.config import Directory, RewardService, ServedBleurt, ServedModel
+from rayrm.serving.config import Directory, HostedModel, RewardService
 from rayrm.serving.gateway import make_app
 from rayrm.serving.guard import read_keys
 from rayrm.serving.metrics import Metrics
@@ -41,7 +41,7 @@ def build_app(args: RewardService) -> serve.Application:
     drain_s = gateway.deadline_s + DRAIN_S
     # All that the gateways let in may go to one replica, whose own queue refuses by time and not by number.
     at_once = gateway.max_ongoing_requests * gateway.num_replicas
-    replicas: list[tuple[ServedModel | ServedBleurt, type]] = [
+    replicas: list[tuple[HostedModel, type]] = [
         *((model, RewardReplica) for model in args.models),
         *((model, BleurtReplica) for model in args.bleurt),
     ]
