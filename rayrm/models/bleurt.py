@@ -28,6 +28,7 @@ from torch import nn
 from rayrm import files
 from rayrm.batching import token_batches
 from rayrm.errors import CheckpointError
+from rayrm.models.cpu import keep_freed_memory, use_onednn
 from rayrm.models.folders import local_model
 
 SENTENCEPIECE_FILE = "spm.model"
@@ -138,6 +139,9 @@ def load_bleurt(path: str, device: str | None = None, dtype: torch.dtype | None 
     _fill_buffers(model)
     tokenizer = load_tokenizer(folder, model.config)
     use_sdpa(model).to(device).eval()
+    if device == "cpu":
+        use_onednn(model.bleurt.encoder)
+        keep_freed_memory()
     for head in (model.bleurt.pooler, model.classifier):
         head.float()
     model.bleurt.pooler.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))

@@ -12,6 +12,7 @@ import torch
 
 from rayrm.batching import token_batches
 from rayrm.errors import CheckpointError, ConfigError
+from rayrm.models.cpu import keep_freed_memory, use_onednn
 from rayrm.models.folders import local_folder, read_mark
 from rayrm.models.inputs import packed_batch, padded_batch
 from rayrm.models.packing import common_length, make_packable
@@ -195,7 +196,11 @@ def load_rewarder(
         log.warning("'%s' does not say how its texts were rendered; rendering them with %s", path, rendering)
     else:
         check_rendering(path, stored["fingerprint"], renderer.fingerprint())
-    return Rewarder(model.to(device), renderer, readout)
+    model = model.to(device)
+    if device == "cpu":
+        use_onednn(model.network.base_model)
+        keep_freed_memory()
+    return Rewarder(model, renderer, readout)
 
 
 def check_rendering(path: str, stored: dict[str, Any], found: dict[str, Any]) -> None:
