@@ -16,7 +16,9 @@ def test_outputs_are_those_of_pytorch(dtype, tolerance, bias):
     with torch.inference_mode():
         for shape in [(96,), (1, 96), (3, 7, 96), (1, 513, 96), (0, 96)]:
             given = torch.randn(shape, dtype=dtype)
-            expected = nn.functional.linear(given.double(), linear.weight.double(), linear.bias.double() if bias else None)
+            expected = nn.functional.linear(
+                given.double(), linear.weight.double(), linear.bias.double() if bias else None
+            )
             found = fast(given)
             assert found.shape == expected.shape and found.dtype == dtype
             torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)

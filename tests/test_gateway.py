@@ -237,7 +237,7 @@ def test_keys_come_from_the_environment():
 def test_a_queue_that_is_too_long_is_a_503_that_says_when(replica, monkeypatch):
     client, may_run = make_client(replica), threading.Event()
     run = replica.batcher._run
-    monkeypatch.setattr(replica.batcher, "_run", lambda trees: may_run.wait(10) and run(trees))
+    monkeypatch.setattr(replica.batcher, "_run", lambda trees, share: may_run.wait(10) and run(trees, share))
     monkeypatch.setattr(replica.batcher, "tokens_s", 10.0)
 
     def ask(text, deadline_s):

@@ -16,9 +16,9 @@ from test_gateway import Client
 
 from rayrm.config import build_config
 from rayrm.errors import ConfigError
+from rayrm.scoring.endpoint import Endpoint
 from rayrm.serving.config import RewardService
 from rayrm.serving.gateway import make_app
-from rayrm.serving.judges import Endpoint
 from rayrm.serving.metrics import Metrics
 from rayrm.serving.service import Service
 
@@ -224,4 +224,4 @@ def test_keys_of_endpoints_come_from_the_environment(stub, monkeypatch):
         "the test",
     )
     with pytest.raises(ConfigError, match="the environment variable THEIR_KEY holds none"):
-        Endpoint(config.judges[0])
+        Endpoint(config.judges[0], "judge outside")

@@ -13,11 +13,13 @@ class Model:
 
     def __init__(self):
         self.batches = []
+        self.shares = []
         self.may_run = threading.Event()
         self.may_run.set()
 
-    def __call__(self, payloads):
+    def __call__(self, payloads, share):
         self.batches.append(list(payloads))
+        self.shares.append(share)
         assert self.may_run.wait(10)
         if "bad" in payloads:
             raise RuntimeError("broken")
@@ -177,8 +179,48 @@ def test_a_batch_that_fails_fails_for_its_items_alone():
     assert isinstance(bad, RuntimeError) and good.value == 6
 
 
+def test_lanes_run_batches_at_the_same_time_and_a_lone_one_has_them_all():
+    model = Model()
+
+    async def run():
+        queue = batcher(model, budget=10, tokens_s=1.0, num_lanes=2)
+        await queue.submit(Item("alone", 0, 5), 60.0)
+        model.may_run.clear()
+        tasks = [asyncio.create_task(queue.submit(Item(index, index, 10), 60.0)) for index in range(3)]
+        await asyncio.sleep(0.1)
+        running, wait_s = len(model.batches) - 1, queue.wait_s()
+        model.may_run.set()
+        return running, wait_s, await asyncio.gather(*tasks), queue.wait_s()
+
+    running, wait_s, found, rest_s = asyncio.run(run())
+    assert running == 2 and model.shares == [2, 1, 1, 1]
+    assert [outcome.value for outcome in found] == [0, 2, 4] and rest_s == 0
+    # Each lane's speed is that of the first batch by now; half of what runs and waits is before a lane.
+    assert 0 < wait_s < 60
+
+
+def test_a_lane_that_is_free_means_no_wait():
+    model = Model()
+
+    async def run():
+        queue = batcher(model, budget=10, tokens_s=1.0, num_lanes=2)
+        model.may_run.clear()
+        task = asyncio.create_task(queue.submit(Item("a", 1, 10), 60.0))
+        await asyncio.sleep(0.1)
+        one = queue.wait_s()
+        other = asyncio.create_task(queue.submit(Item("b", 1, 10), 60.0))
+        await asyncio.sleep(0.1)
+        both = queue.wait_s()
+        model.may_run.set()
+        await asyncio.gather(task, other)
+        return one, both
+
+    one, both = asyncio.run(run())
+    assert one == 0 and 8 < both < 10
+
+
 def test_the_speed_follows_the_batches():
-    def slow(payloads):
+    def slow(payloads, share):
         time.sleep(0.05)
         return payloads
 

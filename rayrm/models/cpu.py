@@ -7,7 +7,6 @@ finds them by itself. Weights are laid out once in the blocks that its kernels r
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +38,8 @@ def use_onednn(network: nn.Module) -> None:
         return
     for module in list(network.modules()):
         for name, child in module.named_children():
-            if _is_replaceable(child):
+            # No subclasses, which do something else.
+            if type(child) is nn.Linear and _is_for_onednn(child.weight):
                 setattr(module, name, OneDnnLinear(child))
 
 
@@ -55,10 +55,9 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
-def _is_replaceable(module: Any) -> bool:
+def _is_for_onednn(weight: torch.Tensor) -> bool:
     return (
-        type(module) is nn.Linear
-        and module.weight.device.type == "cpu"
-        and module.weight.dtype in (torch.float32, torch.bfloat16)
-        and min(module.weight.shape) >= MIN_SIZE
+        weight.device.type == "cpu"
+        and weight.dtype in (torch.float32, torch.bfloat16)
+        and min(weight.shape) >= MIN_SIZE
     )

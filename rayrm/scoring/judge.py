@@ -6,6 +6,7 @@ language model, and brings its words, or the log-probabilities of its first toke
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
@@ -13,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -27,6 +28,12 @@ LETTERS = "ABCDEFGH"
 SEPARATOR = "\n=====\n"
 """In a template, between the instruction and what is judged."""
 MAX_RATING = 10
+MAX_TOKENS = 2048
+"""Of a judge's reasons and verdict."""
+TOP_LOGPROBS = 20
+"""As many as endpoints give."""
+VERDICT = "verdict"
+"""Key of a constrained verdict."""
 Kind = Literal["pairwise", "four_way", "rating"]
 Status = Literal["ok", "parse_error"]
 
@@ -160,6 +167,43 @@ def labels(judging: Judging, num_answers: int) -> list[str]:
     if judging.kind == "rating":
         return [str(rating) for rating in range(1, MAX_RATING + 1)]
     return list(LETTERS[:num_answers])
+
+
+def chat_request(judging: Judging, messages: Sequence[Message], num_answers: int) -> dict[str, Any]:
+    """What an OpenAI-compatible endpoint is asked, but for its model's name."""
+    body: dict[str, Any] = {"messages": list(messages), "temperature": 0.0, "max_tokens": MAX_TOKENS}
+    if judging.method == "labels":
+        return body | {"max_tokens": 1, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
+    if judging.method == "constrained":
+        schema = {
+            "type": "object",
+            "properties": {VERDICT: {"type": "string", "enum": labels(judging, num_answers)}},
+            "required": [VERDICT],
+            "additionalProperties": False,
+        }
+        wanted = {"type": "json_schema", "json_schema": {"name": VERDICT, "strict": True, "schema": schema}}
+        return body | {"response_format": wanted, "max_tokens": 64}
+    return body
+
+
+def read_reply(judging: Judging, reply: Mapping[str, Any], placing: Placing) -> Judgement:
+    """What an endpoint's reply to `chat_request` means. Raises ValueError for one that is no chat completion."""
+    try:
+        choice = reply["choices"][0]
+        text = choice["message"]["content"] or ""
+        if judging.method == "labels":
+            first = choice["logprobs"]["content"][0]
+            told = first["top_logprobs"] or [first]
+            return read_labels(judging, {each["token"]: each["logprob"] for each in told}, text, placing)
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"the endpoint's reply is no chat completion ({error!r})") from None
+    if judging.method == "constrained":
+        try:
+            verdict = str(json.loads(text)[VERDICT])
+        except (ValueError, KeyError, TypeError):
+            verdict = ""
+        return read_text(judging, verdict, placing)._replace(text=text)
+    return read_text(judging, text, placing)
 
 
 def read_text(judging: Judging, text: str, placing: Placing) -> Judgement:

@@ -1,9 +1,9 @@
 """Batches across requests, within a replica: by token budget, rows of like length together, the most urgent first.
 
-One thread runs the model. Whenever it is free, the item whose deadline is nearest goes, and with it as many others as
-the budget holds, those of the most similar length first; so a long item waits for no more than the batches of those
-before it, and short ones are not padded to its length. An item is refused at once when what stands before it will take
-longer than its deadline, as told by the tokens waiting and the speed of the batches so far.
+A lane is a thread that runs the model. Whenever one is free, the item whose deadline is nearest goes, and with it as
+many others as the budget holds, those of the most similar length first; so a long item waits for no more than the
+batches of those before it, and short ones are not padded to its length. An item is refused at once when what stands
+before it will take longer than its deadline, as told by the tokens waiting and the speed of the batches so far.
 """
 
 from __future__ import annotations
@@ -71,16 +71,18 @@ class TokenBatcher:
 
     def __init__(
         self,
-        run: Callable[[list[Any]], Sequence[Any]],
+        run: Callable[[list[Any], int], Sequence[Any]],
         token_budget: int,
         tokens_s: float,
         is_padded: bool,
         cache_size: int = 0,
+        num_lanes: int = 1,
     ) -> None:
-        """`run` gives one result for each payload, in order, and is called in a thread, one batch at a time.
+        """`run` gives one result for each payload, in order; it is called in threads, and told over how many lanes it
+        may spread: all that are free when nothing else waits, else its own.
 
         `token_budget` bounds the tokens of a batch, with padding if `is_padded`; an item above it runs alone.
-        `tokens_s` is the speed to begin with. `cache_size` is how many results are remembered by their keys.
+        `tokens_s` is a lane's speed to begin with. `cache_size` is how many results are remembered by their keys.
         """
         self._run = run
         self._budget = token_budget
@@ -88,20 +90,27 @@ class TokenBatcher:
         self._cache_size = cache_size
         self._cache: OrderedDict[Hashable, Any] = OrderedDict()
         self._known: dict[Hashable, _Waiting] = {}
-        self._queue: list[_Waiting] = []
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
-        self._drainer: asyncio.Task[None] | None = None
+        # In the order in which they came.
+        self._queue: dict[_Waiting, None] = {}
+        # A thread that spreads over several processors keeps helpers, and with too many of them OpenMP lets all sleep
+        # after each step; so the batches that spread share a thread.
+        self._one = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._many = ThreadPoolExecutor(num_lanes, thread_name_prefix="lane")
+        self._num_lanes = num_lanes
+        self._lanes: set[asyncio.Task[None]] = set()
+        self._ends: dict[int, float] = {}
         self.tokens_s = tokens_s
-        """Tokens a second, a moving mean over the batches."""
+        """Tokens a second of a lane, a moving mean over the batches."""
         self.queued_tokens = 0
         """Tokens of all items that wait."""
-        self._running = (0, 0.0)
 
     def wait_s(self) -> float:
         """Seconds until an item that comes now would start."""
-        tokens, since = self._running
-        left = max(0.0, tokens / self.tokens_s - (time.monotonic() - since)) if tokens else 0.0
-        return left + self.queued_tokens / self.tokens_s
+        if len(self._ends) < self._num_lanes and not self._queue:
+            return 0.0
+        now = time.monotonic()
+        left = sum(max(0.0, end - now) for end in self._ends.values())
+        return (left + self.queued_tokens / self.tokens_s) / self._num_lanes
 
     async def submit(self, item: Item, deadline_s: float) -> Outcome:
         """The outcome of an item, within `deadline_s` seconds.
@@ -119,10 +128,12 @@ class TokenBatcher:
             if wait > deadline_s:
                 raise OverloadedError(wait - deadline_s)
             waiting = self._known[item.key] = _Waiting(item, now, now + deadline_s)
-            self._queue.append(waiting)
+            self._queue[waiting] = None
             self.queued_tokens += item.num_tokens
-            if self._drainer is None or self._drainer.done():
-                self._drainer = asyncio.create_task(self._drain())
+            if len(self._lanes) < self._num_lanes:
+                lane = asyncio.create_task(self._drain())
+                self._lanes.add(lane)
+                lane.add_done_callback(self._lanes.discard)
         else:
             waiting.deadline = min(waiting.deadline, now + deadline_s)
         waiting.waiters += 1
@@ -136,7 +147,7 @@ class TokenBatcher:
                 del self._known[item.key]
 
     def _leave(self, waiting: _Waiting) -> None:
-        self._queue.remove(waiting)
+        del self._queue[waiting]
         self.queued_tokens -= waiting.item.num_tokens
 
     async def _drain(self) -> None:
@@ -145,12 +156,14 @@ class TokenBatcher:
             batch = self._next_batch()
             for waiting in batch:
                 self._leave(waiting)
-            began = time.monotonic()
             sizes = [waiting.item.num_tokens for waiting in batch]
-            padded = self._cost(len(sizes), max(sizes), sum(sizes))
-            self._running = (padded, began)
+            total, padded = sum(sizes), self._cost(len(sizes), max(sizes), sum(sizes))
+            share = 1 if self._queue else self._num_lanes - len(self._ends)
+            began = time.monotonic()
+            self._ends[id(batch)] = began + total / self.tokens_s
             try:
-                values = await loop.run_in_executor(self._thread, self._run, [w.item.payload for w in batch])
+                payloads = [waiting.item.payload for waiting in batch]
+                values = await loop.run_in_executor(self._one if share > 1 else self._many, self._run, payloads, share)
             except Exception as error:
                 # Whatever the model raised is for those who wait.
                 for waiting in batch:
@@ -160,13 +173,13 @@ class TokenBatcher:
                     waiting.future.exception()
                 continue
             finally:
-                self._running = (0, 0.0)
+                del self._ends[id(batch)]
             taken = max(time.monotonic() - began, 1e-6)
-            self.tokens_s += SMOOTHING * (sum(sizes) / taken - self.tokens_s)
+            self.tokens_s += SMOOTHING * (total / taken - self.tokens_s)
             for waiting, value in zip(batch, values, strict=True):
                 del self._known[waiting.item.key]
                 self._remember(waiting.item.key, value)
-                waiting.future.set_result(Outcome(value, began - waiting.asked, taken, sum(sizes), padded))
+                waiting.future.set_result(Outcome(value, began - waiting.asked, taken, total, padded))
 
     def _remember(self, key: Hashable, value: Any) -> None:
         if self._cache_size:

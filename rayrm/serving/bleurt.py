@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rayrm.scoring.bleurt import BleurtScorer, find_fault
 from rayrm.serving.autoscaling import WAIT
-from rayrm.serving.batching import Item, TokenBatcher
+from rayrm.serving.batching import Item
 from rayrm.serving.config import ServedBleurt
 from rayrm.serving.questions import Answer, Completions, Question, Reference, Verdict
-from rayrm.serving.replica import REASONS, is_unicode, why
+from rayrm.serving.replica import REASONS, is_unicode, make_batcher, why
 
 NO_REFERENCE = "this model compares a candidate with a reference; ask /v1/bleurt"
 WARM_WORDS = 100
@@ -23,16 +22,16 @@ class BleurtReplica:
     """One loaded BLEURT model and its queue."""
 
     def __init__(self, values: dict[str, Any]) -> None:
+        import torch
+
         from rayrm.models.bleurt import encode_pairs
 
+        # This thread only loads; see TokenBatcher for what its helpers would do.
+        torch.set_num_threads(1)
         self.config = ServedBleurt.model_validate(values)
         self.scorer = BleurtScorer(self.config.scoring())
         (warm,) = encode_pairs(self.scorer.tokenizer, [("word " * WARM_WORDS, "word")], self.scorer.max_length)
-        self._run([warm])
-        began = time.monotonic()
-        self._run([warm])
-        speed = len(warm.ids) / max(time.monotonic() - began, 1e-6)
-        self.batcher = TokenBatcher(self._run, self.config.token_budget, speed, True, self.config.cache_size)
+        self.batcher = make_batcher(self.config, self._run, Item(None, warm, len(warm.ids)), is_padded=True)
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
     def _run(self, pairs: list[Any]) -> list[float]:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from rayrm.config import Config, Workers
 from rayrm.scoring.bleurt import BleurtScoring
+from rayrm.scoring.endpoint import EndpointConfig
 from rayrm.scoring.reward_model import RewardModelScoring
 
 
@@ -125,21 +126,13 @@ class ServedBleurt(HostedModel):
         )
 
 
-class JudgeModel(Config):
-    """A language model that judges, behind any OpenAI-compatible endpoint: one of ours, or an outside one."""
+class JudgeModel(EndpointConfig):
+    """A language model that judges: one of ours, or an outside one."""
 
     name: str = Field(min_length=1)
     """What requests call it."""
     aliases: tuple[str, ...] = ()
     """Further names."""
-    url: str = Field(pattern=r"^https?://")
-    """Address of its API, up to and with `/v1`."""
-    model: str
-    """What the endpoint calls it."""
-    key_variable: str | None = None
-    """Environment variable with the endpoint's key; null for an endpoint that wants none."""
-    max_in_flight: int = Field(64, ge=1)
-    """Requests to the endpoint at the same time."""
 
 
 class Gateway(Config):

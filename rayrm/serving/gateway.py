@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from rayrm.serving.dialects import dialect_routes
 from rayrm.serving.dialects.base import ForeignBody, ForeignTurn, one_of, user_turn
 from rayrm.serving.guard import Guard, envelope
-from rayrm.serving.judges import Endpoint, Judges, judge_routes
+from rayrm.serving.judges import Judge, Judges, judge_routes
 from rayrm.serving.native import native_routes
 from rayrm.serving.questions import Completions, Question, Text
 from rayrm.serving.service import RequestError, Service
@@ -102,7 +102,7 @@ def _add_operations(app: FastAPI, service: Service, judges: Judges, version: str
     async def models() -> dict[str, Any]:
         """All models and judges; those that do not run now tell their name alone."""
         found = await asyncio.gather(*(_describe(service, each.config.name) for each in service.models))
-        return {"object": "list", "data": [*found, *map(_describe_judge, judges.endpoints)]}
+        return {"object": "list", "data": [*found, *map(_describe_judge, judges.judges)]}
 
     @app.get("/v1/models/{name:path}", tags=["operations"])
     async def model(name: str) -> dict[str, Any]:
@@ -142,7 +142,7 @@ async def _describe(service: Service, name: str) -> dict[str, Any]:
     }
 
 
-def _describe_judge(judge: Endpoint) -> dict[str, Any]:
+def _describe_judge(judge: Judge) -> dict[str, Any]:
     return {
         "id": judge.config.name,
         "object": "model",

@@ -4,101 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import random
-import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field, ValidationError
 
-from rayrm.errors import ConfigError
-from rayrm.rows import Message
+from rayrm.scoring.endpoint import Endpoint, EndpointError
 from rayrm.scoring.judge import (
     Judgement,
     Judging,
     Placing,
     Question,
+    chat_request,
     combine,
     judge_messages,
-    labels,
     load_judge_template,
     placings,
-    read_labels,
-    read_text,
+    read_reply,
 )
 from rayrm.serving.config import JudgeModel
 from rayrm.serving.native import Asking, Body, Prompt, turns
-from rayrm.serving.service import MAX_RETRY_AFTER_S, RequestError, Service
+from rayrm.serving.service import RequestError, Service, by_name, find_by_name
 
-RETRY_CODES = (408, 429, 500, 502, 503, 504)
-MAX_TOKENS = 2048
-TOP_LOGPROBS = 20
-VERDICT = "verdict"
+RETRY_AFTER_S = 15.0
+"""What a gateway can tell of an endpoint that gave no answer."""
 ANY_OBJECT = {"requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}}
 """What OpenAPI tells of requests that go on to an endpoint as they are."""
-
-
-class Endpoint:
-    """A judge's endpoint: bounded requests, tried again as long as there is time."""
-
-    def __init__(self, config: JudgeModel) -> None:
-        """Raises ConfigError when the environment variable with its key is not set."""
-        import httpx
-
-        self.config = config
-        headers = {}
-        if config.key_variable is not None:
-            key = os.environ.get(config.key_variable)
-            if not key:
-                raise ConfigError(
-                    f"The judge '{config.name}' needs the key of its endpoint, and the environment variable "
-                    f"{config.key_variable} holds none; set it, or leave key_variable out."
-                )
-            headers["authorization"] = f"Bearer {key}"
-        self._http = httpx.AsyncClient(base_url=config.url.rstrip("/"), headers=headers)
-        self._limit = asyncio.Semaphore(config.max_in_flight)
-
-    async def ask(self, path: str, body: dict[str, Any], deadline_s: float) -> dict[str, Any]:
-        """The endpoint's reply to a request about this judge's model.
-
-        Raises RequestError: 503 when there was none in time, and 422 when the endpoint refuses the request.
-        """
-        import httpx
-
-        end, pause = time.monotonic() + deadline_s, 0.5
-        told = "it did not answer in time"
-        while (left := end - time.monotonic()) > 0:
-            wait_s = pause * random.uniform(0.5, 1.0)
-            try:
-                async with asyncio.timeout(left), self._limit:
-                    reply = await self._http.post(path, json={**body, "model": self.config.model}, timeout=left)
-                if reply.status_code == 200:
-                    found: dict[str, Any] = reply.json()
-                    return found
-                told = f"it answered {reply.status_code}: {reply.text[:300]}"
-                if reply.status_code not in RETRY_CODES:
-                    raise RequestError(422, "UnscoredError", f"The judge '{self.config.name}' refuses: {told}")
-                wait_s = _retry_after(reply.headers.get("retry-after"), wait_s)
-            except TimeoutError:
-                break
-            except (httpx.TransportError, json.JSONDecodeError) as error:
-                told = str(error) or repr(error)
-            if time.monotonic() + wait_s > end:
-                break
-            await asyncio.sleep(wait_s)
-            pause = min(2 * pause, 15.0)
-        raise RequestError(
-            503, "OverloadedError", f"The judge '{self.config.name}' cannot be had now: {told}.", MAX_RETRY_AFTER_S / 4
-        )
-
-
-def _retry_after(given: str | None, otherwise: float) -> float:
-    try:
-        return max(0.0, float(given or ""))
-    except ValueError:
-        return otherwise
 
 
 class JudgementItem(Body):
@@ -165,25 +97,28 @@ class JudgementsReply(BaseModel):
     items: list[JudgedItem]
 
 
+class Judge(NamedTuple):
+    """A judge and the way to it."""
+
+    config: JudgeModel
+    endpoint: Endpoint
+
+
 class Judges:
     """All judges of a gateway, by name."""
 
     def __init__(self, configs: Sequence[JudgeModel]) -> None:
-        self.endpoints = [Endpoint(config) for config in configs]
-        self._by_name = {name: each for each in self.endpoints for name in (each.config.name, *each.config.aliases)}
+        """Raises ConfigError when the key of an endpoint is not set."""
+        self.judges = [Judge(config, Endpoint(config, f"judge {config.name}")) for config in configs]
+        self._by_name = by_name(self.judges)
 
     def knows(self, name: str) -> bool:
         """Whether there is a judge of that name."""
         return name in self._by_name
 
-    def find(self, name: str | None) -> Endpoint:
-        """The judge of a name; the first one without. Raises RequestError 404, with the names there are."""
-        if name is None and self.endpoints:
-            return self.endpoints[0]
-        if name is None or name not in self._by_name:
-            known = ", ".join(sorted(self._by_name)) or "none"
-            raise RequestError(404, "NotFoundError", f"There is no judge '{name}'; there are {known}.")
-        return self._by_name[name]
+    def find(self, name: str | None) -> Judge:
+        """The judge of a name or alias; the first one without. Raises RequestError 404, with the names there are."""
+        return find_by_name(self._by_name, name, "judge")
 
 
 def judge_routes(service: Service, judges: Judges) -> APIRouter:
@@ -198,13 +133,15 @@ def judge_routes(service: Service, judges: Judges) -> APIRouter:
         _check_items(body, service.config.gateway.max_items)
         template = load_judge_template(judging)
         deadline_s = service.deadline_s(body.deadline_s)
-        items = await asyncio.gather(*(_judge(judge, judging, template, body, item, deadline_s) for item in body.items))
+        items = await asyncio.gather(
+            *(_judge(judge.endpoint, judging, template, body, item, deadline_s) for item in body.items)
+        )
         for item in items:
             for placed in item.judgements:
                 service.metrics.statuses.labels(judge.config.name, placed.status).inc()
         failed = [placed for item in items for placed in item.judgements]
         if failed and all(placed.status == "timeout" for placed in failed):
-            raise RequestError(503, "OverloadedError", f"No item has a verdict: {failed[0].detail}", 15.0)
+            raise RequestError(503, "OverloadedError", f"No item has a verdict: {failed[0].detail}", RETRY_AFTER_S)
         return JudgementsReply(id=request.state.request_id, model=judge.config.name, items=list(items))
 
     async def forward(path: str, request: Request) -> Response:
@@ -218,7 +155,12 @@ def judge_routes(service: Service, judges: Judges) -> APIRouter:
         judge = judges.find(name if isinstance(name, str) else None)
         if body.get("stream"):
             raise RequestError(400, "BadRequestError", "Judges are not streamed; leave 'stream' out.")
-        reply = await judge.ask(path, body, service.deadline_s(None))
+        try:
+            reply = await judge.endpoint.ask(path, body, service.deadline_s(None))
+        except EndpointError as error:
+            if error.may_help:
+                raise RequestError(503, "OverloadedError", str(error), RETRY_AFTER_S) from None
+            raise RequestError(422, "UnscoredError", str(error)) from None
         return Response(json.dumps({**reply, "model": judge.config.name}), media_type="application/json")
 
     @router.post("/v1/chat/completions", openapi_extra=ANY_OBJECT)
@@ -300,17 +242,13 @@ async def _judge(
 async def _ask(
     judge: Endpoint, judging: Judging, template: str, question: Question, placing: Placing, deadline_s: float
 ) -> Placed:
-    body = _request(judging, judge_messages(judging, template, question, placing), len(placing.order))
+    body = chat_request(judging, judge_messages(judging, template, question, placing), len(placing.order))
     try:
-        reply = await judge.ask("/chat/completions", body, deadline_s)
-        choice = reply["choices"][0]
-        text = choice["message"]["content"] or ""
-        found = _read(judging, choice, text, placing)
-    except RequestError as error:
-        status = "timeout" if error.retry_after_s is not None else "error"
-        return _unplaced(placing, status, str(error))
-    except (KeyError, IndexError, TypeError) as error:
-        return _unplaced(placing, "error", f"the endpoint's reply is no chat completion ({error!r})")
+        found = read_reply(judging, await judge.ask("/chat/completions", body, deadline_s), placing)
+    except EndpointError as error:
+        return _unplaced(placing, "timeout" if error.may_help else "error", str(error))
+    except ValueError as error:
+        return _unplaced(placing, "error", str(error))
     return Placed(
         order=list(placing.order),
         status=found.status,
@@ -318,39 +256,8 @@ async def _ask(
         verdict=found.verdict,
         probabilities=None if found.probabilities is None else list(found.probabilities),
         label_mass=found.label_mass,
-        text=text,
+        text=found.text,
     )
-
-
-def _request(judging: Judging, messages: Sequence[Message], num_answers: int) -> dict[str, Any]:
-    body: dict[str, Any] = {"messages": list(messages), "temperature": 0.0, "max_tokens": MAX_TOKENS}
-    if judging.method == "labels":
-        return body | {"max_tokens": 1, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
-    if judging.method == "constrained":
-        allowed = labels(judging, num_answers)
-        schema = {
-            "type": "object",
-            "properties": {VERDICT: {"type": "string", "enum": allowed}},
-            "required": [VERDICT],
-            "additionalProperties": False,
-        }
-        wanted = {"type": "json_schema", "json_schema": {"name": VERDICT, "strict": True, "schema": schema}}
-        return body | {"response_format": wanted, "max_tokens": 64}
-    return body
-
-
-def _read(judging: Judging, choice: dict[str, Any], text: str, placing: Placing) -> Judgement:
-    if judging.method == "labels":
-        (first, *_) = choice["logprobs"]["content"]
-        told = first["top_logprobs"] or [first]
-        return read_labels(judging, {each["token"]: each["logprob"] for each in told}, text, placing)
-    if judging.method == "constrained":
-        try:
-            verdict = str(json.loads(text)[VERDICT])
-        except (ValueError, KeyError, TypeError):
-            verdict = ""
-        return read_text(judging, verdict, placing)._replace(text=text)
-    return read_text(judging, text, placing)
 
 
 def _unplaced(placing: Placing, status: str, detail: str) -> Placed:

@@ -20,12 +20,14 @@ from rayrm.models.readouts import Comparison, Encoded, Gated
 from rayrm.scoring.reward_model import Calibration, check_reward_model
 from rayrm.serving.autoscaling import WAIT
 from rayrm.serving.batching import Item, Outcome, OverloadedError, TokenBatcher
-from rayrm.serving.config import ServedModel
+from rayrm.serving.config import HostedModel, ServedModel
 from rayrm.serving.questions import Answer, Completions, Question, Reference, Text, Verdict
 
 log = logging.getLogger("rayrm")
 WARM_TOKENS = 256
 """Tokens of the pass that warms the model up and measures its speed before the first request."""
+LONGEST_LANE_S = 2.0
+"""Seconds that a full batch may take on one thread for a replica to run one on each."""
 
 
 class RewardReplica:
@@ -40,9 +42,9 @@ class RewardReplica:
         _check_safetensors(config.model)
         scoring = config.scoring()
         check_reward_model(scoring)
+        # This thread only loads; see TokenBatcher for what its helpers would do.
+        torch.set_num_threads(1)
         mark = read_mark(config.model)
-        if not config.replicas.num_gpus:
-            torch.set_num_threads(max(1, int(config.replicas.num_cpus)))
         self.config = config
         self.rewarder = load_rewarder(
             config.model,
@@ -51,26 +53,17 @@ class RewardReplica:
             dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
         )
         self.rewarder.pack()
+        renderer = self.rewarder.renderer
         self.num_ids = self.rewarder.model.network.get_input_embeddings().num_embeddings
         stored = mark.get("calibration")
         self.calibration = None if stored is None else build_config(Calibration, stored, config.model)
         self.is_verified = "digest" in mark
         self.revision = mark.get("digest") or hashlib.blake2b(config.model.encode(), digest_size=8).hexdigest()
-        self.batcher = TokenBatcher(
-            self._run, config.token_budget, self._measure(), not self.rewarder.is_packed, config.cache_size
-        )
+        token, length = renderer.tokenizer.eos_token_id or 0, min(WARM_TOKENS, renderer.max_length or WARM_TOKENS)
+        warm = Item(None, [Encoded([token] * length, [length - 1], "ok")], length)
+        self.batcher = make_batcher(config, self._run, warm, is_padded=not self.rewarder.is_packed)
         # Tokenizers are not to be used by two threads at once.
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
-
-    def _measure(self) -> float:
-        """Tokens a second of one pass, after one that does not count."""
-        token = self.rewarder.renderer.tokenizer.eos_token_id or 0
-        length = min(WARM_TOKENS, self.rewarder.renderer.max_length or WARM_TOKENS)
-        row = Encoded([token] * length, [length - 1], "ok")
-        self._run([[row]])
-        began = time.monotonic()
-        self._run([[row]])
-        return length / max(time.monotonic() - began, 1e-6)
 
     def _run(self, trees: list[list[Encoded]]) -> Sequence[Any]:
         """The model's outputs of each tree; in halves where a batch does not fit into memory."""
@@ -245,6 +238,38 @@ class RewardReplica:
         if not np.isfinite(gap):
             return Verdict(None, "nan", REASONS["nan"], num_tokens=num_tokens)
         return Verdict(gap, rows[0].status, num_tokens=num_tokens)
+
+
+def make_batcher(
+    config: HostedModel, run: Callable[[list[Any]], Sequence[Any]], warm: Item, is_padded: bool
+) -> TokenBatcher:
+    """The queue before a model, after two runs of `warm`, the second of which tells the speed.
+
+    On CPUs, many short batches with a thread each give more than one after another with all threads.
+    """
+    import torch
+
+    num_threads = max(1, int(config.replicas.num_cpus))
+
+    def tokens_a_second() -> float:
+        torch.set_num_threads(num_threads)
+        run([warm.payload])
+        began = time.monotonic()
+        run([warm.payload])
+        return warm.num_tokens / max(time.monotonic() - began, 1e-6)
+
+    # In a thread that ends, since its helpers end with it.
+    with ThreadPoolExecutor(1) as thread:
+        tokens_s = thread.submit(tokens_a_second).result()
+    batch_s = config.token_budget * num_threads / tokens_s
+    num_lanes = 1 if config.replicas.num_gpus or batch_s > LONGEST_LANE_S else num_threads
+
+    def run_lane(payloads: list[Any], share: int) -> Sequence[Any]:
+        # Each thread has a number of its own.
+        torch.set_num_threads(share * num_threads // num_lanes)
+        return run(payloads)
+
+    return TokenBatcher(run_lane, config.token_budget, tokens_s / num_lanes, is_padded, config.cache_size, num_lanes)
 
 
 def _check_safetensors(model: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from rayrm.serving.config import Directory, ModelNames
 from rayrm.serving.metrics import Metrics
@@ -52,6 +52,32 @@ class Served(NamedTuple):
     backend: Backend
 
 
+class Named(Protocol):
+    """What has a config with a name and aliases."""
+
+    @property
+    def config(self) -> Any:
+        """With `name` and `aliases`."""
+
+
+NamedT = TypeVar("NamedT", bound=Named)
+
+
+def by_name(models: Sequence[NamedT]) -> dict[str, NamedT]:
+    """Models by all their names, in order."""
+    return {name: each for each in models for name in (each.config.name, *each.config.aliases)}
+
+
+def find_by_name(models: Mapping[str, NamedT], name: str | None, kind: str) -> NamedT:
+    """The model of a name or alias; the first one without. Raises RequestError 404, with the names there are."""
+    if name is None and models:
+        return next(iter(models.values()))
+    if name is None or name not in models:
+        known = ", ".join(sorted(models)) or "none"
+        raise RequestError(404, "NotFoundError", f"There is no {kind} '{name}'; there are {known}.")
+    return models[name]
+
+
 class Service:
     """All models, the answers to their questions, and what is counted of them."""
 
@@ -60,16 +86,11 @@ class Service:
         self.metrics = metrics
         # Those of `/v1/bleurt` stand last, so that a request which names no model goes to a reward model.
         self.models = [Served(model, backends[model.name]) for model in (*config.models, *config.bleurt)]
-        self._by_name = {name: each for each in self.models for name in (each.config.name, *each.config.aliases)}
+        self._by_name = by_name(self.models)
 
     def find(self, name: str | None) -> Served:
         """The model of a name or alias; the first one without. Raises RequestError 404, with the names there are."""
-        if name is None and self.models:
-            return self.models[0]
-        if name is None or name not in self._by_name:
-            known = ", ".join(sorted(self._by_name)) or "none"
-            raise RequestError(404, "NotFoundError", f"There is no model '{name}'; there are {known}.")
-        return self._by_name[name]
+        return find_by_name(self._by_name, name, "model")
 
     def deadline_s(self, wanted: float | None) -> float:
         """Seconds for a request that asks for `wanted`."""
