@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 from rayrm.errors import ServiceError
+from rayrm.retrying import read_retry_after
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -132,14 +133,19 @@ class AsyncRewardClient:
     ) -> pd.DataFrame:
         """`frame` with the columns reward, status and detail for each row; `lang` is used where there is such a column.
 
-        Raises ServiceError as `rewards` does, and ValueError when a column is missing.
+        Raises ServiceError as `rewards` does, and ValueError when a column is missing, or a text.
         """
         missing = [name for name in (prompt, completion) if name not in frame.columns]
         if missing:
             raise ValueError(f"The frame has no column '{missing[0]}'; it has {', '.join(map(str, frame.columns))}.")
+        for name in (prompt, completion):
+            if gaps := frame.index[frame[name].isna()].tolist():
+                raise ValueError(f"Row {gaps[0]} of the frame has no {name}; drop such rows, or fill them in.")
         langs = frame[lang] if lang in frame.columns else [None] * len(frame)
         rows = zip(frame[prompt], frame[completion], langs, strict=True)
-        found = await self.rewards([Query(text, [answer], language) for text, answer, language in rows])
+        found = await self.rewards(
+            [Query(text, [answer], code if isinstance(code, str) else None) for text, answer, code in rows]
+        )
         told = [rewards[0] for rewards in found]
         return frame.assign(
             reward=[r.reward for r in told], status=[r.status for r in told], detail=[r.detail for r in told]
@@ -172,8 +178,9 @@ class AsyncRewardClient:
         """Answers to all that is asked, in batches; what there was no time for is asked again alone."""
 
         async def batch(part: Sequence[Any]) -> list[T]:
-            end, pause = self._end(), FIRST_PAUSE_S
             async with self._limit:
+                # The time that a batch waits for others is not its own.
+                end, pause = self._end(), FIRST_PAUSE_S
                 found = await ask(part)
             while again := [index for index, each in enumerate(found) if is_worth_a_retry(each)]:
                 if time.monotonic() + pause > end:
@@ -203,7 +210,7 @@ class AsyncRewardClient:
                 reply = await self._http.request(method, path, content=content)
                 if reply.status_code == 200:
                     return reply.json()
-                told, wait_s = _message(reply), _retry_after(reply)
+                told, wait_s = _message(reply), read_retry_after(reply.headers.get("retry-after"))
                 if reply.status_code not in RETRY_CODES:
                     raise ServiceError(f"{self._http.base_url} refuses {path} ({reply.status_code}): {told}")
             except httpx.TransportError as error:
@@ -272,10 +279,3 @@ def _message(reply: Any) -> str:
         return str(reply.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return str(reply.text[:200] or reply.reason_phrase)
-
-
-def _retry_after(reply: Any) -> float | None:
-    try:
-        return max(0.0, float(reply.headers["retry-after"]))
-    except (KeyError, ValueError):
-        return None

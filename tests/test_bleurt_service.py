@@ -50,6 +50,9 @@ def test_each_kind_of_model_refuses_the_others_questions(client):
     reply = client.post("/v1/rewards", {"model": "bleurt", "items": [{"prompt": "a", "completions": ["b"]}]}).json()
     assert reply["items"][0]["completions"][0]["status"] == "error"
     assert "/v1/bleurt" in reply["items"][0]["completions"][0]["detail"]
+    asked = {"model": "bleurt", "items": [{"prompt": "a", "completions": ["b", "c"]}], "outputs": ["tokens"]}
+    told = client.post("/v1/rewards", asked).json()["items"][0]["completions"]
+    assert [(each["reward"], each["tokens"]) for each in told] == [(None, [])] * 2
     body = {"model": "small", "items": [{"reference": "a", "candidates": ["b"]}]}
     (found,) = client.post("/v1/bleurt", body).json()["items"][0]
     assert (found["score"], found["status"]) == (None, "error") and "no candidates with references" in found["detail"]

@@ -128,7 +128,7 @@ def test_slime(client, expected):
     for prompt in (PROMPT, turns):
         body = {"prompt": prompt, "response": TEXTS[0], "label": {"any": 1}}
         assert client.post("/rm/slime", body).json() == {"score": close(expected[0]), "reward": close(expected[0])}
-        assert client.post("/rm/slime/scalar", body).json() == close(expected[0])
+        assert client.post("/rm/slime?format=scalar", body).json() == close(expected[0])
 
 
 @pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank"])
@@ -150,6 +150,8 @@ def test_rerank(client, expected, path):
         ("/classify", {"input": ["fine", "good " * 200]}),
         ("/classify", {"text": ["fine", ""]}),
         ("/pooling", {"input": [""]}),
+        ("/classify", {"input": ""}),
+        ("/classify", {"text": [" "]}),
         ("/score", {"queries": PROMPT, "documents": ["fine", " "]}),
         ("/v1/embeddings", {"input": ""}),
         ("/v1/score/evaluation", {"messages": [""]}),
@@ -180,3 +182,18 @@ def test_a_bos_is_added_to_rendered_text_only_where_it_lacks_one(served_model, t
     renderer.bos = renderer.tokenizer.bos_token_id
     given = [asyncio.run(replica.tokenize(Text(text)))[0] for text in ("good", f"{renderer.tokenizer.bos_token}good")]
     assert given[0] == given[1] and given[0].count(renderer.bos) == 1 and given[0][0] == renderer.bos
+    # A BOS alone is no text.
+    ((empty,),) = asyncio.run(replica.answer([Text("")], 10.0))
+    assert (empty.reward, empty.status) == (None, "empty")
+
+
+@pytest.mark.parametrize(("flag", "told"), [("truncate_prompt_tokens", "send it shorter"), ("normalize", "is gone")])
+def test_flags_of_vllm_that_would_change_the_number_are_refused(client, rendered, flag, told):
+    reply = client.post("/classify", {"input": rendered[0], flag: 5})
+    assert reply.status_code == 400 and told in reply.json()["error"]["message"]
+    assert client.post("/classify", {"input": rendered[0], flag: None}).status_code == 200
+
+
+def test_sglang_may_put_what_it_posts(client, rendered, expected):
+    found = client.run(client.http.put("/classify", json={"text": rendered[0]})).json()
+    assert found["embedding"] == close([expected[0]])

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import re
 import threading
 
 import httpx
@@ -281,10 +282,14 @@ def test_metrics_count_what_was_answered(replica):
     client = make_client(replica)
     body = {"items": [{"prompt": PROMPT, "completions": ["good", ""], "lang": "de"}]}
     client.post("/v1/rewards", body)
+    client.post("/v1/rewards/pairs", {"pairs": [{"prompt": PROMPT, "first": "good", "second": ""}]})
     client.get("/nowhere")
     text = client.get("/metrics").text
+    ids = set(re.findall('gateway="([0-9a-f]+)"', text))
+    assert len(ids) == 1 and re.findall('gateway="([0-9a-f]+)"', make_client(replica).get("/metrics").text) != ids
+    text = re.sub('gateway="[0-9a-f]+",?', "", text)
     assert 'rayrm_answers_total{model="small",status="ok"} 1.0' in text
-    assert 'rayrm_answers_total{model="small",status="empty"} 1.0' in text
+    assert 'rayrm_answers_total{model="small",status="empty"} 2.0' in text
     assert 'rayrm_reward_count{lang="de",model="small"} 1.0' in text
     assert 'rayrm_requests_total{code="200",path="/v1/rewards"} 1.0' in text
     assert 'rayrm_requests_total{code="404",path="other"} 1.0' in text
@@ -348,3 +353,67 @@ def test_requests_are_traced_below_those_of_their_clients(replica, monkeypatch):
     assert (span.name, span.attributes["http.response.status_code"]) == ("/get_reward", 200)
     assert format(span.context.trace_id, "032x") in parent and format(span.parent.span_id, "016x") in parent
     assert span.attributes["rayrm.request_id"] == "mine"
+
+
+def test_many_completions_of_a_prompt_are_read_in_batches_that_the_budget_holds(served_model):
+    model = ServedModel.model_validate(
+        {"name": "small", "model": served_model, "dtype": "float32", "token_budget": 100}
+    )
+    replica = RewardReplica(model.model_dump(mode="json"))
+    client, sizes = make_client(replica), []
+    read = replica.rewarder.read_trees
+    replica.rewarder.read_trees = lambda trees: (
+        sizes.append(sum(map(replica.rewarder.num_tokens, trees))) or read(trees)
+    )
+    texts = [f"good {number} bad" for number in range(60)]
+    found = client.post("/v1/rewards", {"items": [{"prompt": PROMPT, "completions": texts}]}).json()
+    rewards = load_rewarder(served_model).rewards([([{"role": "user", "content": PROMPT}], text) for text in texts])
+    got = [each["reward"] for each in found["items"][0]["completions"]]
+    assert got == pytest.approx([reward for reward, _ in rewards], abs=1e-5)
+    assert len(sizes) > 3 and max(sizes) <= 100
+
+
+def test_a_tree_that_does_not_fit_into_memory_is_read_in_halves(served_model):
+    import torch
+
+    model = ServedModel.model_validate({"name": "small", "model": served_model, "dtype": "float32"})
+    replica = RewardReplica(model.model_dump(mode="json"))
+    read = replica.rewarder.read_trees
+
+    def tight(trees):
+        if sum(map(len, trees)) > 2:
+            raise torch.OutOfMemoryError("full")
+        return read(trees)
+
+    replica.rewarder.read_trees = tight
+    body = {"items": [{"prompt": PROMPT, "completions": [*TEXTS, "one more"]}]}
+    found = make_client(replica).post("/v1/rewards", body).json()["items"][0]["completions"]
+    assert [each["status"] for each in found] == ["ok"] * 5
+
+
+def test_conversations_are_tokenized_with_and_without_an_answer(client):
+    def ids(messages):
+        return client.post("/tokenize", {"messages": messages}).json()["tokens"]
+
+    user = {"role": "user", "content": PROMPT}
+    prompt, whole = ids([user]), ids([user, {"role": "assistant", "content": "good"}])
+    assert whole[: len(prompt)] == prompt and len(whole) > len(prompt) > 3
+    long = client.post("/tokenize", {"prompt": "good " * 200}).json()
+    assert long["count"] > long["max_model_len"]
+    assert client.post("/tokenize", {"messages": [user, {"role": "assistant", "content": ""}]}).status_code == 422
+
+
+def test_pickled_heads_are_refused_too(served_model, tmp_path):
+    import shutil
+
+    from rayrm.models.folders import check_safetensors
+
+    copy = shutil.copytree(served_model, tmp_path / "model")
+    check_safetensors(str(copy))
+    (copy / "training_args.bin").touch()
+    check_safetensors(str(copy))
+    (copy / "value_head.bin").touch()
+    with pytest.raises(CheckpointError, match="value_head.bin"):
+        check_safetensors(str(copy))
+    (copy / "value_head.safetensors").touch()
+    check_safetensors(str(copy))

@@ -10,7 +10,7 @@ import pytest
 import uvicorn
 from conftest import free_port
 from starlette.applications import Starlette
-from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from test_gateway import Client
 
@@ -48,7 +48,7 @@ class Stub:
         self.running -= 1
         if self.failures:
             code, headers, text = self.failures.pop(0)
-            return PlainTextResponse(text, code, headers)
+            return Response(text, code, headers)
         return JSONResponse({"id": "x", "object": "chat.completion", "choices": [self.choice(body)]})
 
     def choice(self, body):
@@ -225,3 +225,33 @@ def test_keys_of_endpoints_come_from_the_environment(stub, monkeypatch):
     )
     with pytest.raises(ConfigError, match="the environment variable THEIR_KEY holds none"):
         Endpoint(config.judges[0], "judge outside")
+
+
+@pytest.mark.parametrize(
+    "said", ["[1, 2]", "null", b"\xff\xfe{", '{"choices": [{"message": {"content": [{"type": "text"}]}}]}']
+)
+@pytest.mark.parametrize("method", ["text", "constrained", "labels"])
+def test_replies_that_are_no_completions_are_no_verdicts(stub, said, method):
+    stub.failures = [(200, {}, said)] * 20
+    body = {"items": [ITEM], "method": method, "deadline_s": 1.5}
+    reply = make_client(stub).post("/v1/judgements", body)
+    assert reply.status_code in (200, 503), reply.text
+    if reply.status_code == 200:
+        (item,) = reply.json()["items"]
+        assert item["winner"] is None and item["status"] == "error"
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"messages": [], "temperature": NaN}', "[1]", "{"])
+def test_bodies_that_are_no_json_are_refused(stub, content):
+    client = make_client(stub)
+    reply = client.run(
+        client.http.post("/v1/chat/completions", content=content, headers={"content-type": "application/json"})
+    )
+    assert reply.status_code == 400 and reply.json()["error"]["message"]
+
+
+def test_without_an_id_prompt_and_answers_draw_the_placing(stub):
+    items = [{"prompt": f"Which, {number}?", "answers": ["x", "xxx"]} for number in range(12)]
+    found = make_client(stub).post("/v1/judgements", {"items": items}).json()["items"]
+    assert {tuple(item["judgements"][0]["order"]) for item in found} == {(0, 1), (1, 0)}
+    assert {item["winner"] for item in found} == {1}

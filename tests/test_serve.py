@@ -1,19 +1,29 @@
 """The service on real Ray Serve: deploy, kill, swap."""
 
 import asyncio
+import json
+import random
 import shutil
+import socket
+import time
+from urllib.parse import urlsplit
 
 import httpx
+import numpy as np
 import pytest
 from conftest import free_port
 from safetensors.torch import load_file, save_file
+from test_train_reward_model import data, make_job  # noqa: F401
 
 from rayrm.config import build_config
+from rayrm.models.folders import read_mark
 from rayrm.models.rewarder import load_rewarder
 from rayrm.serving.config import RewardService
+from rayrm.training.reward_model import train_reward_model
 
 pytestmark = pytest.mark.ray
 IN_FLIGHT = 200
+SIDES = ("chosen", "rejected")
 
 
 def service(model, num_replicas=1):
@@ -114,3 +124,58 @@ def test_a_new_version_drops_no_request(serve, served_model, tmp_path):
         kinds.add(abs(found - second) < 1e-4)
     assert kinds == {True, False}
     assert reward_of(httpx.post(f"{serve}/v1/rewards", json=body_of(3))) == pytest.approx(new[3], abs=1e-4)
+
+
+def test_probe_rows_get_the_rewards_that_training_saw_in_any_company(serve, data, tmp_path):  # noqa: F811
+    train_reward_model(make_job(data, tmp_path / "run"))
+    model = str(tmp_path / "run" / "model")
+    rows = read_mark(model)["probe"]
+    items = [{"prompt": row["prompt"], "completions": [row[side][0]["content"] for side in SIDES]} for row in rows]
+    seen = [np.ravel(row["outputs"]).tolist() for row in rows]
+    assert len(rows) > 4 and np.std(seen) > 0.01
+    deploy(model)
+
+    def ask(items):
+        reply = httpx.post(f"{serve}/v1/rewards", json={"items": items}, timeout=120)
+        return [[found["reward"] for found in item["completions"]] for item in reply.json()["items"]]
+
+    assert [ask([item])[0] for item in items] == [pytest.approx(each, abs=1e-4) for each in seen]
+    assert ask(items) == [pytest.approx(each, abs=1e-4) for each in seen]
+    strangers = [{"prompt": "one " * (n % 40), "completions": ["good " * (n % 17 + 1)]} for n in range(60)]
+    asked = [*enumerate(items), *((None, stranger) for stranger in strangers)]
+    random.Random(0).shuffle(asked)
+
+    async def all_at_once():
+        async with httpx.AsyncClient(base_url=serve, timeout=120) as client:
+            return await asyncio.gather(*(client.post("/v1/rewards", json={"items": [item]}) for _, item in asked))
+
+    for (number, _), reply in zip(asked, asyncio.run(all_at_once()), strict=True):
+        if number is not None:
+            found = [each["reward"] for each in reply.json()["items"][0]["completions"]]
+            assert found == pytest.approx(seen[number], abs=1e-4)
+
+
+def test_clients_that_leave_or_dawdle_hurt_nobody(serve, served_model):
+    deploy(served_model)
+    address = urlsplit(serve)
+    body = json.dumps(body_of(5)).encode()
+    head = (
+        f"POST /v1/rewards HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
+    whole = head.encode() + body
+
+    def connect():
+        return socket.create_connection((address.hostname, address.port), timeout=60)
+
+    for given in [head.encode()[:30], head.encode(), whole[:-3], whole] * 5:
+        with connect() as gone:
+            gone.sendall(given)
+    with connect() as slow:
+        for start in range(0, len(whole), 20):
+            slow.sendall(whole[start : start + 20])
+            time.sleep(0.02)
+        found = slow.recv(65536)
+    assert found.startswith(b"HTTP/1.1 200") and b'"status":"ok"' in found
+    began = time.monotonic()
+    assert reward_of(httpx.post(f"{serve}/v1/rewards", json=body_of(6), timeout=60)) is not None
+    assert time.monotonic() - began < 10

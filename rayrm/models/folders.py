@@ -11,6 +11,9 @@ from rayrm import files
 from rayrm.errors import CheckpointError
 from rayrm.runs import STARTED
 
+PICKLED = {"pytorch_model": "model", "value_head": "value_head"}
+"""How the names of pickled weights begin, and of the safetensors files in their place."""
+
 
 def check_model(path: str) -> None:
     """Raise CheckpointError unless `path` is a finished model with all of its weights, or the hub id of a model."""
@@ -124,3 +127,16 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
         raise CheckpointError(f"There is no tokenizer that loads at '{path}': {reason}.") from error
+
+
+def check_safetensors(path: str) -> None:
+    """Raise CheckpointError for a model in a folder whose weights are pickled, for pickles may hold programs."""
+    folder = Path(local_folder(path))
+    names = {each.name for each in folder.iterdir()} if folder.is_dir() else set()
+    for pickled, safe in PICKLED.items():
+        found = sorted(name for name in names if name.startswith(pickled) and name.endswith(".bin"))
+        if found and not any(name.startswith(safe) and name.endswith(".safetensors") for name in names):
+            raise CheckpointError(
+                f"'{path}' holds pickled weights ({found[0]}) and no safetensors files, and a server reads no others; save "
+                "it again with transformers."
+            )

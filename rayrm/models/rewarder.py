@@ -16,7 +16,7 @@ from rayrm.models.cpu import keep_freed_memory, use_onednn
 from rayrm.models.folders import local_folder, read_mark
 from rayrm.models.inputs import packed_batch, padded_batch
 from rayrm.models.packing import common_length, make_packable
-from rayrm.models.readouts import Comparison, Encoded, Readout, find_readout, parse_readout
+from rayrm.models.readouts import Comparison, Encoded, Gated, Readout, find_readout, parse_readout
 from rayrm.models.rendering import Renderer, load_template
 from rayrm.models.reward_model import RewardModel, load_padding_tokenizer
 from rayrm.rows import Message
@@ -68,10 +68,15 @@ class Rewarder:
             make_packable(self.model.network)
             self.is_packed = True
             # A model that cannot, and does not look like it, tells so in its first pass.
-            self.read_trees([[Encoded([0], [0], "ok")]])
+            self.read_trees([[self.blank(1)]])
         except ConfigError as obstacle:
             self.is_packed = False
             log.info("%s Rows are padded.", obstacle)
+
+    def blank(self, num_tokens: int) -> Encoded:
+        """A row of so many tokens that means nothing, read in as many places as this model's rows are."""
+        token = self.renderer.tokenizer.eos_token_id or 0
+        return Encoded([token] * num_tokens, [num_tokens - 1] * (2 if isinstance(self.readout, Gated) else 1), "ok")
 
     def rewards(self, pairs: Iterable[tuple[Any, ...]], token_budget: int = 16384) -> list[Reward]:
         """One reward for each Pair, in order; `token_budget` bounds the padded tokens of a forward pass.

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from rayrm.config import Config
 from rayrm.errors import ConfigError
+from rayrm.retrying import read_retry_after
 
 RETRY_CODES = (408, 429, 500, 502, 503, 504)
 
@@ -48,7 +49,7 @@ class Endpoint:
 
         self.config = config
         self.name = name
-        headers = {}
+        headers = {"content-type": "application/json"}
         if config.key_variable is not None:
             key = os.environ.get(config.key_variable)
             if not key:
@@ -61,26 +62,30 @@ class Endpoint:
         self._limit = asyncio.Semaphore(config.max_in_flight)
 
     async def ask(self, path: str, body: dict[str, Any], deadline_s: float) -> dict[str, Any]:
-        """The endpoint's reply to a request about its model, within `deadline_s` seconds. Raises EndpointError."""
+        """The endpoint's reply to a request about its model, within `deadline_s` seconds.
+
+        Raises EndpointError, and ValueError for a body that no JSON can hold, such as one with NaN.
+        """
         import httpx
 
+        content = json.dumps({**body, "model": self.config.model}, allow_nan=False)
         end, pause = time.monotonic() + deadline_s, 0.5
         told = "it did not answer in time"
         while (left := end - time.monotonic()) > 0:
             wait_s = pause * random.uniform(0.5, 1.0)
             try:
                 async with asyncio.timeout(left), self._limit:
-                    reply = await self._http.post(path, json={**body, "model": self.config.model}, timeout=left)
+                    reply = await self._http.post(path, content=content, timeout=left)
                 if reply.status_code == 200:
-                    found: dict[str, Any] = reply.json()
-                    return found
+                    return _read(reply.content)
                 told = f"it answered {reply.status_code}: {reply.text[:300]}"
                 if reply.status_code not in RETRY_CODES:
                     raise EndpointError(f"'{self.name}' refuses: {told}", False)
-                wait_s = _retry_after(reply.headers.get("retry-after"), wait_s)
+                told_s = read_retry_after(reply.headers.get("retry-after"))
+                wait_s = wait_s if told_s is None else told_s
             except TimeoutError:
                 break
-            except (httpx.TransportError, json.JSONDecodeError) as error:
+            except (httpx.RequestError, ValueError) as error:
                 told = str(error) or repr(error)
             if time.monotonic() + wait_s > end:
                 break
@@ -89,8 +94,8 @@ class Endpoint:
         raise EndpointError(f"'{self.name}' cannot be had now: {told}.", True)
 
 
-def _retry_after(given: str | None, otherwise: float) -> float:
-    try:
-        return max(0.0, float(given or ""))
-    except ValueError:
-        return otherwise
+def _read(content: bytes) -> dict[str, Any]:
+    found = json.loads(content)
+    if not isinstance(found, dict):
+        raise ValueError("it answered with JSON that is no object")
+    return found

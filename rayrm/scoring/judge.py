@@ -191,11 +191,13 @@ def read_reply(judging: Judging, reply: Mapping[str, Any], placing: Placing) -> 
     try:
         choice = reply["choices"][0]
         text = choice["message"]["content"] or ""
+        if not isinstance(text, str):
+            raise TypeError("its content is no text")
         if judging.method == "labels":
             first = choice["logprobs"]["content"][0]
             told = first["top_logprobs"] or [first]
             return read_labels(judging, {each["token"]: each["logprob"] for each in told}, text, placing)
-    except (KeyError, IndexError, TypeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"the endpoint's reply is no chat completion ({error!r})") from None
     if judging.method == "constrained":
         try:

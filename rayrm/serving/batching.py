@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 SMOOTHING = 0.2
-"""Weight of the newest batch in the measured speed."""
+"""Share of the newest batch in the measured speed."""
 
 
 class OverloadedError(Exception):
@@ -79,7 +79,7 @@ class TokenBatcher:
         num_lanes: int = 1,
     ) -> None:
         """`run` gives one result for each payload, in order; it is called in threads, and told over how many lanes it
-        may spread: all that are free when nothing else waits, else its own.
+        may spread: all of them when nothing else runs or waits, else its own.
 
         `token_budget` bounds the tokens of a batch, with padding if `is_padded`; an item above it runs alone.
         `tokens_s` is a lane's speed to begin with. `cache_size` is how many results are remembered by their keys.
@@ -97,10 +97,12 @@ class TokenBatcher:
         self._one = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._many = ThreadPoolExecutor(num_lanes, thread_name_prefix="lane")
         self._num_lanes = num_lanes
+        self._num_awake = 0
         self._lanes: set[asyncio.Task[None]] = set()
         self._ends: dict[int, float] = {}
         self.tokens_s = tokens_s
-        """Tokens a second of a lane, a moving mean over the batches."""
+        """Tokens a second of a lane, by the newest batches, the larger ones more than the smaller."""
+        self._seen = (float(token_budget), token_budget / tokens_s)
         self.queued_tokens = 0
         """Tokens of all items that wait."""
 
@@ -130,7 +132,8 @@ class TokenBatcher:
             waiting = self._known[item.key] = _Waiting(item, now, now + deadline_s)
             self._queue[waiting] = None
             self.queued_tokens += item.num_tokens
-            if len(self._lanes) < self._num_lanes:
+            if self._num_awake < self._num_lanes:
+                self._num_awake += 1
                 lane = asyncio.create_task(self._drain())
                 self._lanes.add(lane)
                 lane.add_done_callback(self._lanes.discard)
@@ -151,35 +154,44 @@ class TokenBatcher:
         self.queued_tokens -= waiting.item.num_tokens
 
     async def _drain(self) -> None:
-        loop = asyncio.get_running_loop()
-        while self._queue:
-            batch = self._next_batch()
+        try:
+            while self._queue:
+                await self._run_batch(self._next_batch())
+        finally:
+            # In the same step as the last look at the queue, so that whoever comes next wakes a lane.
+            self._num_awake -= 1
+
+    async def _run_batch(self, batch: list[_Waiting]) -> None:
+        for waiting in batch:
+            self._leave(waiting)
+        sizes = [waiting.item.num_tokens for waiting in batch]
+        total, padded = sum(sizes), self._cost(len(sizes), max(sizes), sum(sizes))
+        share = 1 if self._queue or self._ends else self._num_lanes
+        pool, payloads = self._one if share > 1 else self._many, [waiting.item.payload for waiting in batch]
+        began = time.monotonic()
+        self._ends[id(batch)] = began + total / self.tokens_s / share
+        try:
+            values = await asyncio.get_running_loop().run_in_executor(pool, self._run, payloads, share)
+            if len(values) != len(batch):
+                raise RuntimeError(f"the model gave {len(values)} results for {len(batch)} items")
+        except Exception as error:
+            # Whatever the model raised is for those who wait.
             for waiting in batch:
-                self._leave(waiting)
-            sizes = [waiting.item.num_tokens for waiting in batch]
-            total, padded = sum(sizes), self._cost(len(sizes), max(sizes), sum(sizes))
-            share = 1 if self._queue else self._num_lanes - len(self._ends)
-            began = time.monotonic()
-            self._ends[id(batch)] = began + total / self.tokens_s
-            try:
-                payloads = [waiting.item.payload for waiting in batch]
-                values = await loop.run_in_executor(self._one if share > 1 else self._many, self._run, payloads, share)
-            except Exception as error:
-                # Whatever the model raised is for those who wait.
-                for waiting in batch:
-                    del self._known[waiting.item.key]
-                    waiting.future.set_exception(error)
-                    # Read here, since there may be nobody left to hear of it.
-                    waiting.future.exception()
-                continue
-            finally:
-                del self._ends[id(batch)]
-            taken = max(time.monotonic() - began, 1e-6)
-            self.tokens_s += SMOOTHING * (total / taken - self.tokens_s)
-            for waiting, value in zip(batch, values, strict=True):
                 del self._known[waiting.item.key]
-                self._remember(waiting.item.key, value)
-                waiting.future.set_result(Outcome(value, began - waiting.asked, taken, total, padded))
+                waiting.future.set_exception(error)
+                # Read here, since there may be nobody left to hear of it.
+                waiting.future.exception()
+            return
+        finally:
+            del self._ends[id(batch)]
+        taken = max(time.monotonic() - began, 1e-6)
+        tokens, lane_s = self._seen
+        self._seen = tokens + SMOOTHING * (total - tokens), lane_s + SMOOTHING * (taken * share - lane_s)
+        self.tokens_s = self._seen[0] / self._seen[1]
+        for waiting, value in zip(batch, values, strict=True):
+            del self._known[waiting.item.key]
+            self._remember(waiting.item.key, value)
+            waiting.future.set_result(Outcome(value, began - waiting.asked, taken, total, padded))
 
     def _remember(self, key: Hashable, value: Any) -> None:
         if self._cache_size:

@@ -7,12 +7,14 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from rayrm.models.folders import check_safetensors
 from rayrm.scoring.bleurt import BleurtScorer, find_fault
 from rayrm.serving.autoscaling import WAIT
 from rayrm.serving.batching import Item
 from rayrm.serving.config import ServedBleurt
+from rayrm.serving.lanes import make_batcher
 from rayrm.serving.questions import Answer, Completions, Question, Reference, Verdict
-from rayrm.serving.replica import REASONS, is_unicode, make_batcher, why
+from rayrm.serving.statuses import REASONS, is_unicode, why
 
 NO_REFERENCE = "this model compares a candidate with a reference; ask /v1/bleurt"
 WARM_WORDS = 100
@@ -29,6 +31,7 @@ class BleurtReplica:
         # This thread only loads; see TokenBatcher for what its helpers would do.
         torch.set_num_threads(1)
         self.config = ServedBleurt.model_validate(values)
+        check_safetensors(self.config.model)
         self.scorer = BleurtScorer(self.config.scoring())
         (warm,) = encode_pairs(self.scorer.tokenizer, [("word " * WARM_WORDS, "word")], self.scorer.max_length)
         self.batcher = make_batcher(self.config, self._run, Item(None, warm, len(warm.ids)), is_padded=True)
@@ -57,7 +60,7 @@ class BleurtReplica:
 
     async def tokenize(self, question: Question) -> list[list[int]]:
         """Nothing: a pair's tokens hang on its reference."""
-        return [[]]
+        return [[]] * question.num_items
 
     async def _answer(self, question: Question, deadline_s: float) -> list[Answer]:
         from rayrm.models.bleurt import encode_pairs

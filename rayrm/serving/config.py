@@ -147,8 +147,9 @@ class Gateway(Config):
     """Most items of a request."""
     max_body_bytes: int = Field(16 * 2**20, ge=1)
     """Most bytes of a request's body."""
-    max_ongoing_requests: int = Field(2048, ge=1)
-    """Requests that are in work at the same time; more are answered with 503."""
+    max_ongoing_requests: int = Field(1024, ge=1)
+    """Requests that a copy of the gateway has in work at the same time; as many more wait for it, and the rest are
+    answered with 503."""
     num_replicas: int = Field(1, ge=1)
     """Copies of the gateway."""
     num_cpus: float = Field(0, ge=0)

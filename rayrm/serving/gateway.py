@@ -13,8 +13,9 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import model_validator
 from starlette.exceptions import HTTPException
 
+from rayrm.rows import Message
 from rayrm.serving.dialects import dialect_routes
-from rayrm.serving.dialects.base import ForeignBody, ForeignTurn, one_of, user_turn
+from rayrm.serving.dialects.base import ForeignBody, ForeignTurn, as_conversation, one_of
 from rayrm.serving.guard import Guard, envelope
 from rayrm.serving.judges import Judge, Judges, judge_routes
 from rayrm.serving.native import native_routes
@@ -39,11 +40,13 @@ class Tokenize(ForeignBody):
         return self
 
     def question(self) -> Question:
-        """What is read; messages whose last is not the assistant's get an empty answer."""
+        """What is read; messages whose last is not the assistant's are a prompt without a completion."""
         if self.prompt is not None:
             return Text(self.prompt)
-        turns = [{"role": turn.role, "content": turn.content} for turn in self.messages or []]
-        return Completions(turns[:-1], [turns[-1]["content"]]) if turns else Completions(user_turn(""), [""])  # type: ignore[arg-type]
+        if self.messages and self.messages[-1].role == "assistant":
+            return as_conversation(self.messages)
+        turns: list[Message] = [{"role": turn.role, "content": turn.content} for turn in self.messages or []]
+        return Completions(turns, [])
 
 
 def make_app(service: Service, keys: Mapping[str, str]) -> Any:
@@ -116,6 +119,8 @@ def _add_operations(app: FastAPI, service: Service, judges: Judges, version: str
         """The token ids that the model reads, with its template and its BOS."""
         model = service.find(body.model)
         (ids,) = await model.backend.tokenize(body.question())
+        if body.messages is not None and not ids:
+            raise RequestError(422, "UnscoredError", "The model cannot read these messages, or there is no text.")
         facts = await model.backend.facts()
         return {"count": len(ids), "max_model_len": facts["max_length"], "tokens": ids, "token_strs": None}
 

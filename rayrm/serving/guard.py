@@ -25,7 +25,7 @@ KEYS = "RAYRM_API_KEYS"
 OPEN = ("/health", "/ready", "/")
 """Paths that need no key. The page holds nothing; what it asks for needs one."""
 BODY_TIMEOUT_S = 30.0
-"""Longest silence of a client that is sending its body."""
+"""Seconds for a client to send its body."""
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -62,6 +62,8 @@ class Guard:
         self.metrics = metrics
         self._keys = [(key.encode(), name) for key, name in keys.items()]
         self._tracer = find_tracer()
+        # Each copy of the gateway has its share.
+        self._quotas = {name: max(1, quota // gateway.num_replicas) for name, quota in gateway.quotas.items()}
         self._recent: dict[str, deque[float]] = {name: deque() for name in gateway.quotas}
         self._in_flight = 0
 
@@ -131,7 +133,7 @@ class Guard:
             return
         while recent and recent[0] <= now - 60:
             recent.popleft()
-        if len(recent) >= self.gateway.quotas[name]:
+        if len(recent) >= self._quotas[name]:
             raise RequestError(
                 429,
                 "RateLimitError",
@@ -141,7 +143,7 @@ class Guard:
         recent.append(now)
 
     def _bounded(self, receive: Receive) -> Receive:
-        size, whole = 0, False
+        size, whole, end = 0, False, time.monotonic() + BODY_TIMEOUT_S
 
         async def bounded() -> MutableMapping[str, Any]:
             nonlocal size, whole
@@ -149,7 +151,7 @@ class Guard:
                 # What follows the body is the client's leaving, for which there is all the time.
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), BODY_TIMEOUT_S)
+                message = await asyncio.wait_for(receive(), end - time.monotonic())
             except TimeoutError:
                 raise RequestError(
                     408, "BadRequestError", f"The body did not come within {BODY_TIMEOUT_S:g} s."

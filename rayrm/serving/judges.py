@@ -23,8 +23,8 @@ from rayrm.scoring.judge import (
     placings,
     read_reply,
 )
+from rayrm.serving.bodies import Asking, Body, Prompt, turns
 from rayrm.serving.config import JudgeModel
-from rayrm.serving.native import Asking, Body, Prompt, turns
 from rayrm.serving.service import RequestError, Service, by_name, find_by_name
 
 RETRY_AFTER_S = 15.0
@@ -39,7 +39,7 @@ class JudgementItem(Body):
     prompt: Prompt
     answers: list[str] = Field(min_length=1, max_length=8)
     id: str = ""
-    """Draws the placing of the answers; the same id has the same placing."""
+    """Draws the placing of the answers; the same id has the same placing. Left out, prompt and answers draw it."""
 
 
 class JudgementsBody(Asking):
@@ -147,7 +147,7 @@ def judge_routes(service: Service, judges: Judges) -> APIRouter:
     async def forward(path: str, request: Request) -> Response:
         try:
             body = await request.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             raise RequestError(400, "BadRequestError", "The body is no JSON.") from None
         if not isinstance(body, dict):
             raise RequestError(400, "BadRequestError", "The body is no JSON object.")
@@ -161,6 +161,8 @@ def judge_routes(service: Service, judges: Judges) -> APIRouter:
             if error.may_help:
                 raise RequestError(503, "OverloadedError", str(error), RETRY_AFTER_S) from None
             raise RequestError(422, "UnscoredError", str(error)) from None
+        except ValueError as error:
+            raise RequestError(400, "BadRequestError", f"The body cannot be sent on: {error}.") from None
         return Response(json.dumps({**reply, "model": judge.config.name}), media_type="application/json")
 
     @router.post("/v1/chat/completions", openapi_extra=ANY_OBJECT)
@@ -221,7 +223,7 @@ async def _judge(
             judgements=list(placed),
         )
     question = Question(prompt, item.answers, *languages)
-    orders = placings(judging, len(item.answers), item.id)
+    orders = placings(judging, len(item.answers), item.id or json.dumps([prompt, item.answers]))
     placed = await asyncio.gather(*(_ask(judge, judging, template, question, each, deadline_s) for each in orders))
     failed = next((each.status for each in placed if each.status not in ("ok", "parse_error")), None)
     if failed is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
 
-from rayrm.serving.questions import Answer
+from rayrm.serving.questions import Answer, Verdict
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 REWARDS = (-20, -10, -5, -3, -2, -1, -0.5, 0, 0.5, 1, 2, 3, 5, 10, 20)
@@ -55,6 +57,7 @@ class Metrics:
             "rayrm_reward", "Raw rewards.", ("model", "lang"), registry=self.registry, buckets=REWARDS
         )
         self._languages: set[str] = set()
+        self._gateway = uuid.uuid4().hex[:8]
 
     def count_answers(self, model: str, lang: str | None, answers: Sequence[Answer]) -> None:
         """Count the answers to a question."""
@@ -69,6 +72,12 @@ class Metrics:
                 self.batch_tokens.labels(model).observe(answer.batch_tokens)
                 self.padding.labels(model).observe(1 - answer.batch_tokens / answer.padded_tokens)
 
+    def count_verdicts(self, model: str, verdicts: Sequence[Verdict]) -> None:
+        """Count the answers to questions about pairs."""
+        for verdict in verdicts:
+            self.statuses.labels(model, verdict.status).inc()
+            self.tokens.labels(model).inc(verdict.num_tokens)
+
     def _language(self, lang: str | None) -> str:
         if lang is None or (lang not in self._languages and len(self._languages) >= MAX_LANGUAGES):
             return OTHER
@@ -77,4 +86,12 @@ class Metrics:
 
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""
-        return generate_latest(self.registry)
+        return generate_latest(self)  # type: ignore[arg-type]
+
+    def collect(self) -> Iterator[Metric]:
+        """All families, with the gateway's own id on each sample: several behind one address answer in turn."""
+        for family in self.registry.collect():
+            family.samples = [
+                sample._replace(labels={**sample.labels, "gateway": self._gateway}) for sample in family.samples
+            ]
+            yield family

@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rayrm.config import build_config
-from rayrm.errors import CheckpointError
-from rayrm.models.folders import local_folder, read_mark
+from rayrm.models.folders import check_safetensors, read_mark
+from rayrm.models.packing import common_length
 from rayrm.models.readouts import Comparison, Encoded, Gated
 from rayrm.scoring.reward_model import Calibration, check_reward_model
 from rayrm.serving.autoscaling import WAIT
-from rayrm.serving.batching import Item, Outcome, OverloadedError, TokenBatcher
-from rayrm.serving.config import HostedModel, ServedModel
+from rayrm.serving.batching import Item, Outcome
+from rayrm.serving.config import ServedModel
+from rayrm.serving.lanes import make_batcher
 from rayrm.serving.questions import Answer, Completions, Question, Reference, Text, Verdict
+from rayrm.serving.statuses import REASONS, STATUSES, is_unicode, why
 
-log = logging.getLogger("rayrm")
 WARM_TOKENS = 256
 """Tokens of the pass that warms the model up and measures its speed before the first request."""
-LONGEST_LANE_S = 2.0
-"""Seconds that a full batch may take on one thread for a replica to run one on each."""
 
 
 class RewardReplica:
@@ -39,7 +35,7 @@ class RewardReplica:
         from rayrm.models.rewarder import Rendering, load_rewarder
 
         config = ServedModel.model_validate(values)
-        _check_safetensors(config.model)
+        check_safetensors(config.model)
         scoring = config.scoring()
         check_reward_model(scoring)
         # This thread only loads; see TokenBatcher for what its helpers would do.
@@ -59,8 +55,8 @@ class RewardReplica:
         self.calibration = None if stored is None else build_config(Calibration, stored, config.model)
         self.is_verified = "digest" in mark
         self.revision = mark.get("digest") or hashlib.blake2b(config.model.encode(), digest_size=8).hexdigest()
-        token, length = renderer.tokenizer.eos_token_id or 0, min(WARM_TOKENS, renderer.max_length or WARM_TOKENS)
-        warm = Item(None, [Encoded([token] * length, [length - 1], "ok")], length)
+        length = min(WARM_TOKENS, renderer.max_length or WARM_TOKENS)
+        warm = Item(None, [self.rewarder.blank(length)], length)
         self.batcher = make_batcher(config, self._run, warm, is_padded=not self.rewarder.is_packed)
         # Tokenizers are not to be used by two threads at once.
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
@@ -72,8 +68,11 @@ class RewardReplica:
         try:
             return self.rewarder.read_trees(trees)
         except torch.OutOfMemoryError:
-            if len(trees) == 1:
+            if len(trees) == len(trees[0]) == 1:
                 raise
+        if len(trees) == 1:
+            half = len(trees[0]) // 2
+            return [[*self._run([trees[0][:half]])[0], *self._run([trees[0][half:]])[0]]]
         half = len(trees) // 2
         return [*self._run(trees[:half]), *self._run(trees[half:])]
 
@@ -115,14 +114,38 @@ class RewardReplica:
         readout, renderer = self.rewarder.readout, self.rewarder.renderer
         if not isinstance(readout, Comparison):
             return [_by_rewards(*answers) for answers in await self.answer(list(questions), deadline_s)]
-        encode = readout.encode_both
-        encoded = await self._encode(lambda: [encode(renderer, q.prompt, *q.completions) for q in questions])
+
+        def both(question: Completions) -> Sequence[Encoded]:
+            texts = [turn["content"] for turn in question.prompt]
+            if not all(map(is_unicode, [*texts, *question.completions])):
+                return [Encoded([], [], "no_unicode")]
+            try:
+                return readout.encode_both(renderer, question.prompt, *question.completions)
+            except Exception:
+                # As in `_completion`.
+                return [Encoded([], [], "error")]
+
+        encoded = await self._encode(lambda: list(map(both, questions)))
         return await asyncio.gather(*(self._compare(rows, deadline_s) for rows in encoded))
 
     async def tokenize(self, question: Question) -> list[list[int]]:
-        """The token ids that the model would read of each completion or conversation."""
-        encoded = await self._encode(lambda: self._question(question))
-        return [row.ids for row in encoded]
+        """The token ids that the model would read of each completion or conversation; of a prompt without completions,
+        those before its answer."""
+        renderer = self.rewarder.renderer
+
+        def ids() -> list[list[int]]:
+            if isinstance(question, Completions) and not question.completions:
+                try:
+                    return [renderer.encode(renderer.prompt_text(question.prompt))]
+                except Exception:
+                    # As in `_completion`.
+                    return [[]]
+            if isinstance(question, Text) and is_unicode(question.text):
+                return [renderer.encode(question.text)]
+            return [row.ids for row in self._question(question)]
+
+        found: list[list[int]] = await self._encode(ids)
+        return found
 
     async def _encode(self, work: Callable[[], Any]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._encoder, work)
@@ -143,6 +166,8 @@ class RewardReplica:
             return [Encoded([], [], "no_bleurt")] * question.num_items
         if isinstance(question, Text) and not is_unicode(question.text):
             return [Encoded([], [], "no_unicode")]
+        if isinstance(question, Text) and not question.text.strip():
+            return [Encoded([], [], "empty")]
         ids = renderer.encode(question.text) if isinstance(question, Text) else question.ids
         if isinstance(readout, Gated):
             return [Encoded([], [], "gated")]
@@ -167,7 +192,7 @@ class RewardReplica:
         """Outcome or error of each row that has ids; equal ones are read once, and those that begin alike together."""
         keys = [(*row.ids, -1, *row.reads) for row in rows]
         distinct = dict(zip(keys, rows, strict=True))
-        trees = [list(distinct.values())] if self.rewarder.is_packed else [[row] for row in distinct.values()]
+        trees = self._trees(list(distinct.values()))
         items = [Item(_key(tree), tree, self.rewarder.num_tokens(tree)) for tree in trees]
         outcomes = await asyncio.gather(
             *(self.batcher.submit(item, deadline_s) for item in items), return_exceptions=True
@@ -183,6 +208,22 @@ class RewardReplica:
         by_key = dict(zip(distinct, found, strict=True))
         return [by_key[key] for key in keys]
 
+    def _trees(self, rows: list[Encoded]) -> list[list[Encoded]]:
+        """Rows that begin alike, in trees that the token budget holds; each alone where rows are not packed."""
+        if not self.rewarder.is_packed:
+            return [[row] for row in rows]
+        shared = common_length([np.asarray(row.ids, np.int64) for row in rows])
+        trees: list[list[Encoded]] = []
+        room = 0
+        for row in rows:
+            own = len(row.ids) - shared
+            if own > room:
+                trees.append([])
+                room = self.config.token_budget - shared
+            trees[-1].append(row)
+            room -= own
+        return trees
+
     async def _answer(self, rows: Sequence[Encoded], deadline_s: float) -> list[Answer]:
         readable = [index for index, row in enumerate(rows) if row.ids]
         outcomes: list[Outcome | Exception] = []
@@ -193,7 +234,7 @@ class RewardReplica:
 
     def _make_answer(self, row: Encoded, outcome: Outcome | Exception | None) -> Answer:
         if outcome is None:
-            return Answer(None, row.status if row.status in STATUSES else "error", REASONS[row.status])
+            return Answer(None, _told(row.status), REASONS[row.status])
         if isinstance(outcome, Exception):
             status, detail, retry_after_s = why(outcome)
             return Answer(None, status, detail, num_tokens=len(row.ids), retry_after_s=retry_after_s)
@@ -225,7 +266,7 @@ class RewardReplica:
 
     async def _compare(self, rows: Sequence[Encoded], deadline_s: float) -> Verdict:
         if not all(row.ids for row in rows):
-            return Verdict(None, rows[0].status, REASONS[rows[0].status])
+            return Verdict(None, _told(rows[0].status), REASONS[rows[0].status])
         num_tokens = sum(len(row.ids) for row in rows)
         values = []
         for outcome in await self._read(rows, deadline_s):
@@ -240,46 +281,8 @@ class RewardReplica:
         return Verdict(gap, rows[0].status, num_tokens=num_tokens)
 
 
-def make_batcher(
-    config: HostedModel, run: Callable[[list[Any]], Sequence[Any]], warm: Item, is_padded: bool
-) -> TokenBatcher:
-    """The queue before a model, after two runs of `warm`, the second of which tells the speed.
-
-    On CPUs, many short batches with a thread each give more than one after another with all threads.
-    """
-    import torch
-
-    num_threads = max(1, int(config.replicas.num_cpus))
-
-    def tokens_a_second() -> float:
-        torch.set_num_threads(num_threads)
-        run([warm.payload])
-        began = time.monotonic()
-        run([warm.payload])
-        return warm.num_tokens / max(time.monotonic() - began, 1e-6)
-
-    # In a thread that ends, since its helpers end with it.
-    with ThreadPoolExecutor(1) as thread:
-        tokens_s = thread.submit(tokens_a_second).result()
-    batch_s = config.token_budget * num_threads / tokens_s
-    num_lanes = 1 if config.replicas.num_gpus or batch_s > LONGEST_LANE_S else num_threads
-
-    def run_lane(payloads: list[Any], share: int) -> Sequence[Any]:
-        # Each thread has a number of its own.
-        torch.set_num_threads(share * num_threads // num_lanes)
-        return run(payloads)
-
-    return TokenBatcher(run_lane, config.token_budget, tokens_s / num_lanes, is_padded, config.cache_size, num_lanes)
-
-
-def _check_safetensors(model: str) -> None:
-    """Raise CheckpointError for a model of pickled files, which may run programs of their own when they are read."""
-    folder = Path(local_folder(model))
-    if folder.is_dir() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
-        raise CheckpointError(
-            f"'{model}' holds pickled weights and no safetensors files, and a server reads no others; save it again with "
-            "transformers."
-        )
+def _told(status: str) -> str:
+    return status if status in STATUSES else "error"
 
 
 def _by_rewards(first: Answer, second: Answer) -> Verdict:
@@ -291,41 +294,6 @@ def _by_rewards(first: Answer, second: Answer) -> Verdict:
     assert first.reward is not None and second.reward is not None
     rewards, status = (first.reward, second.reward), "truncated" if "truncated" in (first[1], second[1]) else "ok"
     return Verdict(rewards[0] - rewards[1], status, None, rewards, num_tokens)
-
-
-STATUSES = ("empty", "overlength", "error")
-"""Those of rows that are not read, as answers tell them; others are `error` with a detail of their own."""
-REASONS = {
-    "empty": "there is no text",
-    "overlength": "it has more tokens than the model takes",
-    "error": "the chat template refuses it",
-    "nan": "the model gave a number that is not finite",
-    "timeout": "the deadline passed",
-    "compares": "this model compares two completions and rewards no single one; ask for pairs",
-    "gated": "this model needs to know where the prompt ends; send prompt and completion",
-    "no_bleurt": "this model rewards answers to prompts, and compares no candidates with references",
-    "no_unicode": "it holds half of a surrogate pair, which is no character",
-    "unknown_ids": "a token id is not in the model's vocabulary",
-}
-
-
-def why(error: Exception) -> tuple[str, str, float]:
-    """Status, detail, and seconds after which to ask again, of what the batcher raised."""
-    if isinstance(error, OverloadedError):
-        return "overloaded", str(error), error.retry_after_s
-    if isinstance(error, TimeoutError):
-        return "timeout", REASONS["timeout"], 1.0
-    log.error("A forward pass failed.", exc_info=error)
-    return "error", f"the model failed with {type(error).__name__}", 0.0
-
-
-def is_unicode(text: str) -> bool:
-    """Whether no half of a surrogate pair is in the text; JSON may bring some, and no tokenizer takes them."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _key(tree: Sequence[Encoded]) -> bytes:

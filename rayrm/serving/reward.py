@@ -5,8 +5,10 @@
 from typing import Any
 
 from ray import serve
+from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
+from rayrm.config import load_env
 from rayrm.serving.bleurt import BleurtReplica
 from rayrm.serving.config import Directory, HostedModel, RewardService
 from rayrm.serving.gateway import make_app
@@ -18,6 +20,8 @@ from rayrm.serving.service import ServeBackend, Service
 NO_ACCESS_LOG = {"enable_access_log": False}
 DRAIN_S = 10.0
 """Seconds beyond the longest deadline that a replica which is taken away gets for what it has accepted."""
+RETRY_AFTER_S = 5
+"""Told to clients while the gateway itself is full."""
 
 
 @serve.deployment
@@ -26,6 +30,7 @@ class GatewayReplica:
     """The gateway, in front of handles to its models."""
 
     def __init__(self, values: dict[str, Any], handles: dict[str, DeploymentHandle]) -> None:
+        load_env()
         directory = Directory.model_validate(values)
         self._service = Service(directory, {name: ServeBackend(each) for name, each in handles.items()}, Metrics())
         self._keys = read_keys(directory.gateway)
@@ -36,6 +41,7 @@ class GatewayReplica:
 
 def build_app(args: RewardService) -> serve.Application:
     """Reward models behind a gateway, from the values of a file in serve_configs/."""
+    load_env()
     gateway = args.gateway
     read_keys(gateway)
     drain_s = gateway.deadline_s + DRAIN_S
@@ -62,6 +68,7 @@ def build_app(args: RewardService) -> serve.Application:
         "num_replicas": gateway.num_replicas,
         "max_ongoing_requests": gateway.max_ongoing_requests,
         "max_queued_requests": gateway.max_ongoing_requests,
+        "backpressure_config": BackpressureConfig(retry_after_s=RETRY_AFTER_S),
         "graceful_shutdown_timeout_s": drain_s,
         "logging_config": NO_ACCESS_LOG,
         "ray_actor_options": {"num_cpus": gateway.num_cpus},

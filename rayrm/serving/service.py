@@ -14,6 +14,8 @@ from rayrm.serving.questions import RETRYABLE, Answer, Completions, Question, Ve
 CHUNK = 64
 """Most questions that go to one replica together; more are shared out."""
 MAX_RETRY_AFTER_S = 60.0
+MAX_DEATHS = 4
+"""Replicas that may die while they have a request, before it is given up."""
 
 
 class RequestError(Exception):
@@ -120,7 +122,9 @@ class Service:
         allowed = self.deadline_s(deadline_s)
         chunks = [list(questions[start : start + CHUNK]) for start in range(0, len(questions), CHUNK)]
         found = await asyncio.gather(*(model.backend.compare(chunk, allowed) for chunk in chunks))
-        return [verdict for chunk in found for verdict in chunk]
+        verdicts = [verdict for chunk in found for verdict in chunk]
+        self.metrics.count_verdicts(model.config.name, verdicts)
+        return verdicts
 
     def _check_size(self, num_items: int) -> None:
         if num_items > self.config.gateway.max_items:
@@ -200,13 +204,17 @@ class ServeBackend:
         from ray.exceptions import RayActorError
         from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-        end = time.monotonic() + deadline_s
+        end, num_deaths = time.monotonic() + deadline_s, 0
         while (left := end - time.monotonic()) > 0:
             try:
                 call = getattr(self._handle, method).remote(*given, *([left] if tells_deadline else []))
                 return await asyncio.wait_for(call, left)
             except RayActorError:
-                # The replica died or was taken away. Nothing that it was asked for has an effect, so ask another.
+                # The replica died or was taken away. Nothing that it was asked for has an effect, so ask another, but
+                # not all of them: it may be this request that they die of.
+                num_deaths += 1
+                if num_deaths == MAX_DEATHS:
+                    raise RequestError(503, "error", f"{MAX_DEATHS} replicas died of it", MAX_RETRY_AFTER_S) from None
                 await asyncio.sleep(0.05)
             except BackPressureError:
                 raise RequestError(503, "overloaded", "all replicas are full", 1.0) from None

@@ -28,7 +28,11 @@ def dialect_routes(service: Service) -> APIRouter:
         for path in dialect.paths:
             paths[path].append(dialect)
     for path, dialects in paths.items():
-        router.add_api_route(path, _endpoint(service, dialects), methods=["POST"], response_model=None, name=path)
+        methods = sorted({method for dialect in dialects for method in dialect.methods})
+        endpoint = _endpoint(service, dialects)
+        for method in methods:
+            # Each alone, since OpenAPI wants a name for each.
+            router.add_api_route(path, endpoint, methods=[method], response_model=None, name=f"{method} {path}")
     return router
 
 
@@ -45,7 +49,8 @@ def _endpoint(service: Service, dialects: Sequence[Dialect]) -> Callable[..., An
         found = await service.answer(name, questions)
         answers = [answer for each in found for answer in each]
         model = service.find(name).config.name
-        asked = Asked(request.state.request_id, model, answers, require_rewards(answers), int(time.time()))
+        rewards, now = require_rewards(answers), int(time.time())
+        asked = Asked(request.state.request_id, model, answers, rewards, now, request.query_params)
         return dialect.reply(body, asked)
 
     ask.__doc__ = " ".join(dialect.reply.__doc__ or "" for dialect in dialects)

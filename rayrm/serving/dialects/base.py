@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -49,6 +49,8 @@ class Asked(NamedTuple):
     """Their rewards; a request with an answer that has none never comes this far."""
     created: int
     """Seconds since 1970."""
+    query: Mapping[str, str]
+    """What stood behind the `?` of the address."""
 
 
 class Dialect(NamedTuple):
@@ -64,6 +66,8 @@ class Dialect(NamedTuple):
     """A body with one of these keys is of this dialect, where several share a path; empty for all others."""
     names_model: bool = True
     """Whether `model` is a name of ours; without, the first model answers."""
+    methods: tuple[str, ...] = ("POST",)
+    """Methods of HTTP that its clients use."""
 
 
 def as_questions(given: Inputs) -> list[Question]:

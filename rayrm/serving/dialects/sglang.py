@@ -53,4 +53,6 @@ def reply(body: Classify, asked: Asked) -> Any:
     return found[0] if body.is_single else found
 
 
-DIALECTS = [Dialect(("/classify",), Classify, questions, reply, frozenset({"text", "input_ids"}))]
+DIALECTS = [
+    Dialect(("/classify",), Classify, questions, reply, frozenset({"text", "input_ids"}), methods=("POST", "PUT"))
+]

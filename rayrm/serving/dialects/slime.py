@@ -24,17 +24,10 @@ def questions(body: Sample) -> list[Question]:
     return [Completions(prompt, [body.response])]
 
 
-def reply(body: Sample, asked: Asked) -> dict[str, Any]:
-    """The raw reward, for `--reward-key score` or `reward`."""
-    return {"score": asked.rewards[0], "reward": asked.rewards[0]}
+def reply(body: Sample, asked: Asked) -> Any:
+    """The raw reward, for `--reward-key score` or `reward`; with `?format=scalar`, the number itself."""
+    (reward,) = asked.rewards
+    return reward if asked.query.get("format") == "scalar" else {"score": reward, "reward": reward}
 
 
-def scalar_reply(body: Sample, asked: Asked) -> float:
-    """The raw reward itself, for clients without a key."""
-    return asked.rewards[0]
-
-
-DIALECTS = [
-    Dialect(("/rm/slime",), Sample, questions, reply),
-    Dialect(("/rm/slime/scalar",), Sample, questions, scalar_reply),
-]
+DIALECTS = [Dialect(("/rm/slime",), Sample, questions, reply)]

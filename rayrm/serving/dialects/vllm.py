@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from rayrm.serving.dialects.base import (
     Asked,
@@ -42,6 +42,22 @@ class Classify(Activated):
 
     input: Inputs | None = None
     messages: list[ForeignTurn] | None = None
+    truncate_prompt_tokens: Any = None
+    normalize: Any = None
+
+    @field_validator("truncate_prompt_tokens")
+    @classmethod
+    def _is_not_cut(cls, given: Any) -> Any:
+        if given is not None:
+            raise ValueError("texts are not cut here, since half of one has another reward; send it shorter")
+        return given
+
+    @field_validator("normalize")
+    @classmethod
+    def _is_gone(cls, given: Any) -> Any:
+        if given is not None:
+            raise ValueError("this flag is gone, there as here; use use_activation")
+        return given
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
@@ -66,7 +82,10 @@ class Score(Activated):
 
 def classified(body: Classify) -> list[Question]:
     """Texts are rendered already; messages get the model's template."""
-    return [as_conversation(body.messages)] if body.messages is not None else as_questions(body.input or [])
+    if body.messages is not None:
+        return [as_conversation(body.messages)]
+    assert body.input is not None
+    return as_questions(body.input)
 
 
 def classify_reply(body: Classify, asked: Asked) -> dict[str, Any]:
