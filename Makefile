@@ -38,6 +38,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/ray_data.py
 	$(BIN)/python benchmarks/reward_training.py
+	$(BIN)/python benchmarks/serving.py
 
 lock: $(READY)
 	$(BIN)/pip install --quiet uv

@@ -13,6 +13,7 @@ import httpx
 import pytest
 import yaml
 from conftest import free_port
+from test_scoring import bleurt_path  # noqa: F401
 
 from rayrm.models.creation import CreationConfig, create_model
 
@@ -31,24 +32,6 @@ def judge_model(tmp_path_factory):
         ["which answer is better, A or B? say why", "Paris and Rome are cities"], settings, str(folder / "model")
     )
     return str(folder / "model")
-
-
-@pytest.fixture(scope="module")
-def bleurt_model(tmp_path_factory):
-    from rayrm.models.bleurt import new_bleurt, save_bleurt
-
-    folder = str(tmp_path_factory.mktemp("bleurt") / "model")
-    vocabulary = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        *"abcdefghijklmnopqrstuvwxyz",
-        *(f"##{c}" for c in "abcdefghijklmnop"),
-    ]
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    save_bleurt(new_bleurt(vocab_size=len(vocabulary), **sizes), vocabulary, folder)
-    return folder
 
 
 @contextmanager
@@ -93,30 +76,26 @@ def wait_until_ready(address, server, log, seconds=300):
     pytest.fail(f"no answer from {address}: {log.read_text()[-3000:]}")
 
 
-def post(address, path, body):
-    reply = httpx.post(f"{address}{path}", json=body, headers={"authorization": "Bearer secret"}, timeout=120)
-    assert reply.status_code == 200, reply.text
-    return reply.json()
-
-
-def judge_until_it_answers(address, body, seconds=300):
-    """The judge is an application of its own and may start later than the gateway."""
+def post(address, path, body, is_there=lambda reply: True, seconds=300):
+    """An answer, however long what gives it takes to start: until then there are 503s, or items without a verdict."""
     end = time.monotonic() + seconds
     while True:
-        reply = httpx.post(
-            f"{address}/v1/judgements", json=body, headers={"authorization": "Bearer secret"}, timeout=120
-        )
-        if reply.status_code == 200 and reply.json()["items"][0]["status"] not in ("timeout", "error"):
+        reply = httpx.post(f"{address}{path}", json=body, headers={"authorization": "Bearer secret"}, timeout=120)
+        if reply.status_code == 200 and is_there(reply.json()):
             return reply.json()
-        if time.monotonic() > end:
+        if reply.status_code not in (200, 503) or time.monotonic() > end:
             pytest.fail(reply.text)
         time.sleep(1)
+
+
+def judge(address, body):
+    return post(address, "/v1/judgements", body, lambda found: found["items"][0]["status"] not in ("timeout", "error"))
 
 
 def test_the_judge_gives_constrained_verdicts_and_probabilities(tmp_path, judge_model):
     with serving("judge.yaml", tmp_path, {"Qwen/Qwen2.5-0.5B-Instruct": judge_model}) as address:
         body = {"items": [ITEM], "orders": "both", "method": "constrained"}
-        (item,) = judge_until_it_answers(address, body)["items"]
+        (item,) = judge(address, body)["items"]
         assert item["status"] == "ok" and [placed["verdict"] in (0, 1) for placed in item["judgements"]] == [True, True]
         assert sorted(placed["order"] for placed in item["judgements"]) == [[0, 1], [1, 0]]
         (item,) = post(address, "/v1/judgements", {"items": [ITEM], "method": "labels"})["items"]
@@ -130,11 +109,11 @@ def test_the_judge_gives_constrained_verdicts_and_probabilities(tmp_path, judge_
         assert post(address, "/v1/chat/completions", chat)["model"] == "judge"
 
 
-def test_all_models_stand_behind_one_gateway(tmp_path, judge_model, bleurt_model, served_model):
+def test_all_models_stand_behind_one_gateway(tmp_path, judge_model, bleurt_path, served_model):  # noqa: F811
     models = {
         "Qwen/Qwen2.5-0.5B-Instruct": judge_model,
         "runs/demo/reward_model/model": served_model,
-        "runs/demo/bleurt/model": bleurt_model,
+        "runs/demo/bleurt/model": bleurt_path,
     }
     with serving("full.yaml", tmp_path, models) as address:
         item = {"prompt": "the cat", "completions": ["good", "bad"]}
@@ -148,4 +127,4 @@ def test_all_models_stand_behind_one_gateway(tmp_path, judge_model, bleurt_model
         ]
         assert all(score["status"] == "ok" and score["score"] is not None for score in scores)
         body = {"items": [ITEM], "method": "constrained"}
-        assert judge_until_it_answers(address, body)["items"][0]["judgements"][0]["verdict"] in (0, 1)
+        assert judge(address, body)["items"][0]["judgements"][0]["verdict"] in (0, 1)
