@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterable
-from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pyarrow as pa
@@ -14,7 +12,7 @@ from pydantic import Field
 
 from rayrm.config import Config
 from rayrm.errors import SchemaError
-from rayrm.languages import unicode_scripts
+from rayrm.languages import script_fraction, unicode_scripts
 from rayrm.rows import Candidates, map_table
 
 if TYPE_CHECKING:
@@ -116,17 +114,6 @@ def clean_text(text: str, config: CleaningConfig) -> str:
     if config.newlines == "cut":
         return _LINE_BREAKS.split(text, maxsplit=1)[0]
     return text if config.newlines == "keep" else _LINE_BREAKS.sub(_JOINTS[config.newlines], text)
-
-
-def script_fraction(text: str, scripts: tuple[str, ...]) -> float:
-    """The share of a text's letters that are of `scripts`, first words of Unicode names; 1 without any letter."""
-    letters = [_script(character) for character in text if character.isalpha()]
-    return sum(script in scripts for script in letters) / len(letters) if letters else 1.0
-
-
-@lru_cache(maxsize=1 << 16)
-def _script(character: str) -> str:
-    return re.split(r"[ -]", unicodedata.name(character, ""), maxsplit=1)[0]
 
 
 def _fold(text: str) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
+from functools import lru_cache
 from typing import NamedTuple
 
 
@@ -29,6 +32,7 @@ pt Portuguese Latn por_Latn
 ko Korean Hang kor_Hang
 ru Russian Cyrl rus_Cyrl
 zh Chinese Hans zho_Hans
+zh-Hant Traditional_Chinese Hant zho_Hant
 ar Arabic Arab arb_Arab
 bg Bulgarian Cyrl bul_Cyrl
 bn Bengali Beng ben_Beng
@@ -65,6 +69,7 @@ vi Vietnamese Latn vie_Latn
 """
 _WRITTEN_IN = {
     "Hans": ("CJK",),
+    "Hant": ("CJK",),
     "Jpan": ("CJK", "HIRAGANA", "KATAKANA"),
     "Hang": ("HANGUL",),
     "Latn": ("LATIN",),
@@ -79,7 +84,10 @@ _WRITTEN_IN = {
     "Thai": ("THAI",),
 }
 
-LANGUAGES = {row.split()[0]: Language(*row.split()) for row in _ROWS.strip().splitlines()}
+LANGUAGES = {
+    row.split()[0]: Language(*(word.replace("_", " ") for word in row.split()[:3]), row.split()[3])
+    for row in _ROWS.strip().splitlines()
+}
 
 
 def language_name(code: str) -> str:
@@ -90,3 +98,14 @@ def language_name(code: str) -> str:
 def unicode_scripts(code: str) -> tuple[str, ...] | None:
     """First words of the Unicode names of a language's letters (`LATIN`, `CYRILLIC` …); None if unknown."""
     return _WRITTEN_IN[LANGUAGES[code].script] if code in LANGUAGES else None
+
+
+def script_fraction(text: str, scripts: tuple[str, ...]) -> float:
+    """The share of a text's letters that are of `scripts`, first words of Unicode names; 1 without any letter."""
+    letters = [_script(character) for character in text if character.isalpha()]
+    return sum(script in scripts for script in letters) / len(letters) if letters else 1.0
+
+
+@lru_cache(maxsize=1 << 16)
+def _script(character: str) -> str:
+    return re.split(r"[ -]", unicodedata.name(character, ""), maxsplit=1)[0]

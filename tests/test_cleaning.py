@@ -7,9 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import clean_candidates
-from rayrm.cleaning import CleaningConfig, clean_row, clean_table, clean_text, script_fraction
+from rayrm.cleaning import CleaningConfig, clean_row, clean_table, clean_text
 from rayrm.config import build_config
 from rayrm.errors import ConfigError, SchemaError
+from rayrm.languages import script_fraction
 from rayrm.shards import read_table
 
 

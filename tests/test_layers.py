@@ -13,7 +13,19 @@ from rayrm.config import Config, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
-    ["errors", "config", "languages", "files", "seeds", "splits", "batching", "cluster", "matrix", "counts", "retrying"],
+    [
+        "errors",
+        "config",
+        "languages",
+        "files",
+        "seeds",
+        "splits",
+        "batching",
+        "cluster",
+        "matrix",
+        "counts",
+        "retrying",
+    ],
     ["shards", "rows"],
     ["runs"],
     ["prompts", "models", "client"],

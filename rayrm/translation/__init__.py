@@ -1,0 +1,1 @@
+"""Preference sets in other languages: texts to sentences and back, and what makes a translation unfit."""
