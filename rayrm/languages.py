@@ -84,10 +84,13 @@ _WRITTEN_IN = {
     "Thai": ("THAI",),
 }
 
-LANGUAGES = {
-    row.split()[0]: Language(*(word.replace("_", " ") for word in row.split()[:3]), row.split()[3])
-    for row in _ROWS.strip().splitlines()
-}
+
+def _read(row: str) -> Language:
+    code, name, script, flores = row.split()
+    return Language(code, name.replace("_", " "), script, flores)
+
+
+LANGUAGES = {language.code: language for language in map(_read, _ROWS.strip().splitlines())}
 
 
 def language_name(code: str) -> str:
