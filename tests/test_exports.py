@@ -251,15 +251,15 @@ def test_a_model_without_a_name_is_an_error(model):
 
 
 def test_files_are_replaced_and_go_to_buckets():
-    output = "memory://bucket/results/"
+    output = "memory://exports/results/"
     for pairs in (PAIRS, PAIRS[:1]):
         paths = write_pairs(output, MODEL, pairs, None)
     fs = fsspec.filesystem("memory")
-    assert {path.removeprefix("/bucket/results/") for path in fs.find("/bucket/results")} == {
+    assert {path.removeprefix("/exports/results/") for path in fs.find("/exports/results")} == {
         "org/model_outputs.jsonl",
         "org/model_all.jsonl",
         "org/model.json",
     }
-    assert paths[2] == "memory://bucket/results/org/model.json"
-    assert json.loads(fs.cat("/bucket/results/org/model.json"))["num_prompts"] == 1
-    assert len(fs.cat("/bucket/results/org/model_outputs.jsonl").splitlines()) == 1
+    assert paths[2] == "memory://exports/results/org/model.json"
+    assert json.loads(fs.cat("/exports/results/org/model.json"))["num_prompts"] == 1
+    assert len(fs.cat("/exports/results/org/model_outputs.jsonl").splitlines()) == 1
