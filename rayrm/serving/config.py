@@ -83,7 +83,7 @@ class HostedModel(Config):
     """Number format of the network; auto is bfloat16 on a GPU and float32 on a CPU. A reward model's head is always
     float32."""
     token_budget: int = Field(8192, ge=1)
-    """Most tokens of a forward pass, padding included; a longer item runs alone. CPUs do best with some 1,024."""
+    """Most tokens of a forward pass, padding included; a longer item runs alone. CPUs do best with 1,024 to 2,048."""
     cache_size: int = Field(0, ge=0)
     """Results that each replica remembers, by the content of what was asked."""
     replicas: Replicas = Replicas()

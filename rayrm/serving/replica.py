@@ -20,7 +20,7 @@ from rayrm.serving.batching import Item, Outcome
 from rayrm.serving.config import ServedModel
 from rayrm.serving.lanes import make_batcher
 from rayrm.serving.questions import Answer, Completions, Question, Reference, Text, Verdict
-from rayrm.serving.statuses import REASONS, STATUSES, is_unicode, why
+from rayrm.serving.statuses import REASONS, is_unicode, told, why
 
 WARM_TOKENS = 256
 """Tokens of the pass that warms the model up and measures its speed before the first request."""
@@ -234,12 +234,12 @@ class RewardReplica:
 
     def _make_answer(self, row: Encoded, outcome: Outcome | Exception | None) -> Answer:
         if outcome is None:
-            return Answer(None, _told(row.status), REASONS[row.status])
+            return Answer(None, told(row.status), REASONS[row.status])
         if isinstance(outcome, Exception):
             status, detail, retry_after_s = why(outcome)
             return Answer(None, status, detail, num_tokens=len(row.ids), retry_after_s=retry_after_s)
         readout: Any = self.rewarder.readout
-        told: dict[str, Any] = {
+        facts: dict[str, Any] = {
             "num_tokens": len(row.ids),
             "queue_s": outcome.queue_s,
             "run_s": outcome.run_s,
@@ -247,7 +247,7 @@ class RewardReplica:
             "padded_tokens": outcome.padded_tokens,
         }
         if not np.isfinite(outcome.value).all():
-            return Answer(None, "nan", REASONS["nan"], **told)
+            return Answer(None, "nan", REASONS["nan"], **facts)
         if isinstance(readout, Comparison):
             # Rendered text is read at its end, as that of others.
             reward, ratings = outcome.value[0][0] - outcome.value[0][1], None
@@ -255,8 +255,8 @@ class RewardReplica:
             reward = readout.reward(outcome.value)
             ratings = readout.ratings(outcome.value) if hasattr(readout, "ratings") else None
         if not np.isfinite(reward):
-            return Answer(None, "nan", REASONS["nan"], **told)
-        return Answer(reward, row.status, outputs=outcome.value, ratings=ratings, **told)
+            return Answer(None, "nan", REASONS["nan"], **facts)
+        return Answer(reward, row.status, outputs=outcome.value, ratings=ratings, **facts)
 
     def _calibrate(self, answer: Answer, lang: str | None) -> Answer:
         if answer.reward is None or self.calibration is None:
@@ -266,7 +266,7 @@ class RewardReplica:
 
     async def _compare(self, rows: Sequence[Encoded], deadline_s: float) -> Verdict:
         if not all(row.ids for row in rows):
-            return Verdict(None, _told(rows[0].status), REASONS[rows[0].status])
+            return Verdict(None, told(rows[0].status), REASONS[rows[0].status])
         num_tokens = sum(len(row.ids) for row in rows)
         values = []
         for outcome in await self._read(rows, deadline_s):
@@ -279,10 +279,6 @@ class RewardReplica:
         if not np.isfinite(gap):
             return Verdict(None, "nan", REASONS["nan"], num_tokens=num_tokens)
         return Verdict(gap, rows[0].status, num_tokens=num_tokens)
-
-
-def _told(status: str) -> str:
-    return status if status in STATUSES else "error"
 
 
 def _by_rewards(first: Answer, second: Answer) -> Verdict:

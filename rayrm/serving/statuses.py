@@ -23,6 +23,11 @@ REASONS = {
 }
 
 
+def told(status: str) -> str:
+    """The status that answers tell, of a row that is not read."""
+    return status if status in STATUSES else "error"
+
+
 def why(error: Exception) -> tuple[str, str, float]:
     """Status, detail, and seconds after which to ask again, of what the batcher raised."""
     if isinstance(error, OverloadedError):
