@@ -18,16 +18,16 @@ from rayrm.evaluation.calibration import (
     measure_calibration,
     store_calibration,
 )
-from rayrm.evaluation.judging import JudgingJob, judge_preferences
-from rayrm.evaluation.preferences import JudgedPreference
+from rayrm.evaluation.preferences import RewardedPreference
 from rayrm.evaluation.report import format_table
+from rayrm.evaluation.rewarding import RewardingJob, reward_preferences
 from rayrm.rows import Preference
 from rayrm.runs import finish_run, start_run, transform_rows
 from rayrm.scoring.reward_model import Calibration
 from rayrm.shards import iter_tables
 
 
-class CalibrateRewardModel(JudgingJob):
+class CalibrateRewardModel(RewardingJob):
     """A reward model and the preferences whose rewards it is calibrated by."""
 
 
@@ -48,10 +48,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def calibrate(config: CalibrateRewardModel) -> tuple[Calibration, int]:
     """Reward the rows into `<output>/rows`; the calibration by them, and how many rewards are null."""
     output = files.join(config.output, "rows")
-    values = {field: getattr(config, field) for field in JudgingJob.model_fields}
-    job = JudgingJob(**{**values, "output": output})
-    stage = partial(judge_preferences, config=job)
-    done = transform_rows(job, Preference, JudgedPreference, stage, {job.reward_model.name: job.max_failed_fraction})
+    values = {field: getattr(config, field) for field in RewardingJob.model_fields}
+    job = RewardingJob(**{**values, "output": output})
+    stage = partial(reward_preferences, config=job)
+    done = transform_rows(job, Preference, RewardedPreference, stage, {job.reward_model.name: job.max_failed_fraction})
     return measure_calibration(iter_tables(output, COLUMNS), done["inputs"]["input"])
 
 

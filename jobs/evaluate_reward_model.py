@@ -16,10 +16,10 @@ from pydantic import Field, field_validator
 from rayrm import files
 from rayrm.config import Config, parse_args, run_job
 from rayrm.errors import EvaluationError
-from rayrm.evaluation.judging import JudgingJob, find_split, judge_preferences
-from rayrm.evaluation.preference_report import JudgedSet, build_report, judge_set, summary_table
-from rayrm.evaluation.preferences import BootstrapConfig, JudgedPreference, flatten
+from rayrm.evaluation.preference_report import RewardedSet, build_report, measure_set, summary_table
+from rayrm.evaluation.preferences import BootstrapConfig, RewardedPreference, flatten
 from rayrm.evaluation.report import format_table, write_report
+from rayrm.evaluation.rewarding import RewardingJob, find_split, reward_preferences
 from rayrm.models.folders import read_mark
 from rayrm.rows import Preference
 from rayrm.runs import INPUT, finish_run, start_run, transform_rows, versions
@@ -31,7 +31,7 @@ MAIN = "preferences"
 METRICS, REPORT = "metrics.json", "report.html"
 
 
-class EvaluateRewardModel(JudgingJob):
+class EvaluateRewardModel(RewardingJob):
     """A reward model and the preferences that it is measured on."""
 
     agreement: dict[str, str] = Field({}, json_schema_extra=INPUT)  # type: ignore[arg-type]
@@ -58,16 +58,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = files.join(config.output, REPORT)
     is_verified = "rendering" in read_mark(config.reward_model.model)
     if start_run(config):
-        judged = [judge_rows(config, name, path) for name, path in sets.items()]
-        metrics = {part.name: flatten(part.slices) for part in judged}
+        rewarded = [reward_rows(config, name, path) for name, path in sets.items()]
+        metrics = {part.name: flatten(part.slices) for part in rewarded}
         files.write_json(files.join(config.output, METRICS), metrics)
-        lead = describe_evaluation(config, judged[0])
+        lead = describe_evaluation(config, rewarded[0])
         facts = {"verified": str(is_verified), **list_facts(config)}
-        write_report(report, build_report(judged, lead, facts, config.bootstrap, config.num_examples))
+        write_report(report, build_report(rewarded, lead, facts, config.bootstrap, config.num_examples))
         finish_run(config, {"metrics": metrics, "verified": is_verified})
     else:
-        judged = [read_judged(config, name) for name in sets]
-    for part in judged:
+        rewarded = [read_rewarded(config, name) for name in sets]
+    for part in rewarded:
         print(f"\n{part.name}\n{format_table(summary_table(part.slices, config.bootstrap.confidence))}")
     print(f"\nThe page with figures and examples: {report}", flush=True)
 
@@ -90,24 +90,24 @@ def check(config: EvaluateRewardModel, sets: dict[str, str]) -> None:
             raise EvaluationError(f"'{path}' holds no row of a group that '{model}' held out of training.")
 
 
-def judge_rows(config: EvaluateRewardModel, name: str, path: str) -> JudgedSet:
+def reward_rows(config: EvaluateRewardModel, name: str, path: str) -> RewardedSet:
     """Reward the rows at `path` into `<output>/rows/<name>`, and measure them."""
     output = files.join(config.output, "rows", name)
-    values: dict[str, Any] = {field: getattr(config, field) for field in JudgingJob.model_fields}
-    job = JudgingJob(**{**values, "input": path, "output": output})
-    stage = partial(judge_preferences, config=job)
-    transform_rows(job, Preference, JudgedPreference, stage, {job.reward_model.name: job.max_failed_fraction})
-    return read_judged(config, name)
+    values: dict[str, Any] = {field: getattr(config, field) for field in RewardingJob.model_fields}
+    job = RewardingJob(**{**values, "input": path, "output": output})
+    stage = partial(reward_preferences, config=job)
+    transform_rows(job, Preference, RewardedPreference, stage, {job.reward_model.name: job.max_failed_fraction})
+    return read_rewarded(config, name)
 
 
-def read_judged(config: EvaluateRewardModel, name: str) -> JudgedSet:
+def read_rewarded(config: EvaluateRewardModel, name: str) -> RewardedSet:
     """Measure the rows that stand rewarded in `<output>/rows/<name>`."""
-    return judge_set(name, read_table(files.join(config.output, "rows", name)), config.bootstrap)
+    return measure_set(name, read_table(files.join(config.output, "rows", name)), config.bootstrap)
 
 
-def describe_evaluation(config: EvaluateRewardModel, judged: JudgedSet) -> str:
+def describe_evaluation(config: EvaluateRewardModel, rewarded: RewardedSet) -> str:
     """One sentence: which model, how many rows, of what."""
-    rows = f"{judged.rows.num_rows:,} preferences"
+    rows = f"{rewarded.rows.num_rows:,} preferences"
     held_out = " whose groups it was never trained on" if config.split == "held_out" else ""
     return f"{config.reward_model.model} on {rows} of {config.input}{held_out}."
 

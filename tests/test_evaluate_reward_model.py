@@ -13,7 +13,7 @@ from jobs.evaluate_reward_model import EvaluateRewardModel, main
 from rayrm import files
 from rayrm.config import load_config
 from rayrm.errors import CheckpointError, ConfigError, EvaluationError, OutputExistsError, SchemaError
-from rayrm.evaluation.judging import JudgeStage, Split, find_split, keep_held_out
+from rayrm.evaluation.rewarding import RewardStage, Split, find_split, keep_held_out
 from rayrm.models.readouts import Comparison, Gated, LastToken, Ratings, Steps
 from rayrm.rows import Preference
 from rayrm.scoring.reward_model import RewardModelScoring
@@ -159,13 +159,13 @@ def evaluated(ray_cluster, tmp_path_factory, reward_model):
 @pytest.mark.ray
 def test_job_writes_rows_metrics_and_page(evaluated):
     _, out = evaluated
-    judged = read_table(str(out / "rows" / "preferences")).to_pylist()
-    assert [row["id"] for row in judged] == [f"r{i}" for i in range(12)]
-    assert judged[3]["rejected_reward"] is None
-    assert judged[3]["status"] == {"reward_model": ["ok", "empty"]}
+    rewarded = read_table(str(out / "rows" / "preferences")).to_pylist()
+    assert [row["id"] for row in rewarded] == [f"r{i}" for i in range(12)]
+    assert rewarded[3]["rejected_reward"] is None
+    assert rewarded[3]["status"] == {"reward_model": ["ok", "empty"]}
     metrics = json.loads((out / "metrics.json").read_text())
     assert set(metrics) == {"preferences", "grammar"}
-    scored = [row for row in judged if row["rejected_reward"] is not None]
+    scored = [row for row in rewarded if row["rejected_reward"] is not None]
     hits = sum(row["chosen_reward"] > row["rejected_reward"] for row in scored)
     assert metrics["preferences"]["num_rows"] == 11
     assert metrics["preferences"]["num_unscored"] == 1
@@ -244,8 +244,8 @@ def test_only_held_out_groups_count(ray_cluster, tmp_path, reward_model):
     try:
         main(words(str(tmp_path / "model"), path, tmp_path / "out", "split=held_out"))
         expected = {f"r{i}" for i in range(40) if is_held_out(f"g{i}", 0.3, 5)}
-        judged = read_table(str(tmp_path / "out" / "rows" / "preferences"))
-        assert set(judged["id"].to_pylist()) == expected
+        rewarded = read_table(str(tmp_path / "out" / "rows" / "preferences"))
+        assert set(rewarded["id"].to_pylist()) == expected
         assert "whose groups it was never trained on" in (tmp_path / "out" / "report.html").read_text()
     finally:
         mark.unlink()
@@ -311,8 +311,10 @@ def kind(language_model, tmp_path, request):
     return str(folder)
 
 
-def judge(model, rows, **settings):
-    return JudgeStage(RewardModelScoring(model=model, **settings), None)(Preference.conform(pa.Table.from_pylist(rows)))
+def reward(model, rows, **settings):
+    return RewardStage(RewardModelScoring(model=model, **settings), None)(
+        Preference.conform(pa.Table.from_pylist(rows))
+    )
 
 
 def conversation(row, side):
@@ -325,15 +327,15 @@ def test_both_sides_are_rewarded_by_a_model_of_any_kind(kind):
 
     rows = preferences(4)
     rows[2]["rejected"] = message(" ")
-    judged = judge(kind, rows).to_pylist()
+    rewarded = reward(kind, rows).to_pylist()
     rewarder = load_rewarder(kind)
     for side in ("chosen", "rejected"):
         expected = rewarder.rewards([(row["prompt"], row[side][0]["content"]) for row in rows])
-        assert [row[f"{side}_reward"] for row in judged] == [
+        assert [row[f"{side}_reward"] for row in rewarded] == [
             None if reward is None else pytest.approx(reward, abs=1e-5) for reward, _ in expected
         ]
-    assert [row["status"]["reward_model"] for row in judged] == [["ok", "ok"]] * 2 + [["ok", "empty"], ["ok", "ok"]]
-    assert len({row["chosen_reward"] for row in judged}) == 4
+    assert [row["status"]["reward_model"] for row in rewarded] == [["ok", "ok"]] * 2 + [["ok", "empty"], ["ok", "ok"]]
+    assert len({row["chosen_reward"] for row in rewarded}) == 4
 
 
 @pytest.mark.parametrize("kind", ["ratings"], indirect=True)
@@ -347,7 +349,7 @@ def test_ratings_are_weighed_in_the_scale_of_the_rows(kind):
     with torch.no_grad():
         first, second = plain(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits[0].tolist()
     expected = (3.0 + 10.0 * first) - 2.0 * (0.5 + 20.0 * second)
-    assert judge(kind, [row])["chosen_reward"].to_pylist() == [pytest.approx(expected, abs=1e-4)]
+    assert reward(kind, [row])["chosen_reward"].to_pylist() == [pytest.approx(expected, abs=1e-4)]
 
 
 def chance(model, tokenizer, row, sides):
@@ -370,13 +372,13 @@ def test_a_model_that_compares_gives_each_side_the_log_of_its_chance(kind):
 
     model, tokenizer = (c.from_pretrained(kind) for c in (AutoModelForCausalLM, AutoTokenizer))
     rows = preferences(4)
-    for row, judged in zip(rows, judge(kind, rows).to_pylist(), strict=True):
+    for row, rewarded in zip(rows, reward(kind, rows).to_pylist(), strict=True):
         forward = chance(model, tokenizer, row, ("chosen", "rejected"))
         backward = 1 - chance(model, tokenizer, row, ("rejected", "chosen"))
         expected = (forward + backward) / 2
-        assert judged["chosen_reward"] == pytest.approx(math.log(expected), abs=1e-5)
-        assert judged["rejected_reward"] == pytest.approx(math.log(1 - expected), abs=1e-5)
-        assert judged["status"] == {"reward_model": ["ok", "ok"]}
+        assert rewarded["chosen_reward"] == pytest.approx(math.log(expected), abs=1e-5)
+        assert rewarded["rejected_reward"] == pytest.approx(math.log(1 - expected), abs=1e-5)
+        assert rewarded["status"] == {"reward_model": ["ok", "ok"]}
 
 
 @pytest.mark.parametrize("kind", ["comparison"], indirect=True)
@@ -386,15 +388,15 @@ def test_sides_that_cannot_be_compared_have_no_rewards(kind):
     rows[2]["rejected"] = message("Hund " * 300)
     rows[3]["chosen"] = [*message("eins"), *message("Und?", "user"), *message("zwei")]
     rows[4]["rejected"] = rows[4]["chosen"]
-    judged = judge(kind, rows).to_pylist()
-    words = [row["status"]["reward_model"] for row in judged]
+    rewarded = reward(kind, rows).to_pylist()
+    words = [row["status"]["reward_model"] for row in rewarded]
     assert words == [[word] * 2 for word in ("ok", "empty", "overlength", "error", "ok")]
-    rewards = [(row["chosen_reward"], row["rejected_reward"]) for row in judged]
+    rewards = [(row["chosen_reward"], row["rejected_reward"]) for row in rewarded]
     assert rewards[1:4] == [(None, None)] * 3
     # A tie, up to the rounding of the two orders.
     assert rewards[4] == pytest.approx((math.log(0.5), math.log(0.5)), abs=1e-6)
     rows[3]["rejected"] = [*rows[3]["chosen"][:-1], *message("drei")]
-    assert judge(kind, [rows[3]])["status"].to_pylist() == [{"reward_model": ["ok", "ok"]}]
+    assert reward(kind, [rows[3]])["status"].to_pylist() == [{"reward_model": ["ok", "ok"]}]
 
 
 @pytest.mark.parametrize("kind", ["comparison"], indirect=True)
@@ -415,10 +417,10 @@ def test_job_evaluates_a_model_that_compares_on_rows_with_tools(kind, tmp_path, 
         row["tools"] = '[{"name": "search"}]' if index % 2 else None
     path = write_preferences(tmp_path / "in.parquet", rows)
     main([f"input={path}", f"output={tmp_path}/out", f"reward_model.model={kind}", "bootstrap.num_resamples=50"])
-    judged = read_table(f"{tmp_path}/out/rows/preferences").to_pylist()
-    assert [row["tools"] for row in judged] == [row["tools"] for row in rows]
-    assert all(math.exp(r["chosen_reward"]) + math.exp(r["rejected_reward"]) == pytest.approx(1) for r in judged)
+    rewarded = read_table(f"{tmp_path}/out/rows/preferences").to_pylist()
+    assert [row["tools"] for row in rewarded] == [row["tools"] for row in rows]
+    assert all(math.exp(r["chosen_reward"]) + math.exp(r["rejected_reward"]) == pytest.approx(1) for r in rewarded)
     metrics = files.read_json(f"{tmp_path}/out/metrics.json")["preferences"]
-    hits = sum(row["chosen_reward"] > row["rejected_reward"] for row in judged)
+    hits = sum(row["chosen_reward"] > row["rejected_reward"] for row in rewarded)
     assert metrics["accuracy"] == pytest.approx(hits / 6) and metrics["num_unscored"] == 0
     assert files.read_json(f"{tmp_path}/out/run.json")["verified"] is True

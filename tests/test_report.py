@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from rayrm.evaluation import figures
-from rayrm.evaluation.preference_report import build_report, judge_set, summary_table
+from rayrm.evaluation.preference_report import build_report, measure_set, summary_table
 from rayrm.evaluation.preferences import BootstrapConfig, Pairs
 from rayrm.evaluation.report import Card, Cards, Report, Section, Table, Text, Tile, format_table, render, write_report
 
@@ -51,7 +51,7 @@ def message(text, role="assistant"):
     return [{"role": role, "content": text}]
 
 
-def judged_rows(num=60):
+def rewarded_rows(num=60):
     rng = np.random.default_rng(0)
     rows = []
     for index in range(num):
@@ -76,7 +76,7 @@ def judged_rows(num=60):
 
 @pytest.fixture(scope="module")
 def html():
-    sets = [judge_set(name, judged_rows(), BOOTSTRAP) for name in ("preferences", "grammar")]
+    sets = [measure_set(name, rewarded_rows(), BOOTSTRAP) for name in ("preferences", "grammar")]
     return render(build_report(sets, "a model on 60 preferences.", {"model": "some/model"}, BOOTSTRAP, 3))
 
 
@@ -122,8 +122,8 @@ def test_any_report_can_be_built_from_its_parts():
 
 
 def test_summary_table_has_a_line_for_each_slice():
-    rows = judged_rows()
-    table = summary_table(judge_set("x", rows, BOOTSTRAP).slices, 0.9)
+    rows = rewarded_rows()
+    table = summary_table(measure_set("x", rows, BOOTSTRAP).slices, 0.9)
     assert [row[0] for row in table.rows] == ["all", "en-de", "uk-en", "subset captions"]
     assert "90% interval" in table.header
     assert table.rows[0][1] == "59" and table.rows[0][-1] == "1"

@@ -1,4 +1,4 @@
-"""JudgedPreference rows → how a reward model's raw rewards lie, which its checkpoint then holds."""
+"""RewardedPreference rows → how a reward model's raw rewards lie, which its checkpoint then holds."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pyarrow as pa
 
 from rayrm import files
 from rayrm.errors import CheckpointError, ConfigError, EvaluationError
-from rayrm.evaluation.judging import JudgingJob, find_split
 from rayrm.evaluation.report import Table
+from rayrm.evaluation.rewarding import RewardingJob, find_split
 from rayrm.models.folders import read_mark
 from rayrm.rows import Preference
 from rayrm.scoring.reward_model import (
@@ -29,10 +29,10 @@ from rayrm.scoring.reward_model import (
 log = logging.getLogger("rayrm")
 SIDES = ("chosen_reward", "rejected_reward")
 COLUMNS = [*LANGUAGES, *SIDES]
-"""Columns of JudgedPreference rows that a calibration is made of."""
+"""Columns of RewardedPreference rows that a calibration is made of."""
 
 
-def check_calibrating(config: JudgingJob) -> None:
+def check_calibrating(config: RewardingJob) -> None:
     """Find out, before any actor starts, whether there are rows, and a checkpoint that can hold a calibration.
 
     Raises CheckpointError, ConfigError or SchemaError.
@@ -56,7 +56,7 @@ def check_calibrating(config: JudgingJob) -> None:
 
 
 def measure_calibration(tables: Iterable[pa.Table], rows: str) -> tuple[Calibration, int]:
-    """The calibration by the rewards of JudgedPreference rows, both sides alike, and how many rewards are null.
+    """The calibration by the rewards of RewardedPreference rows, both sides alike, and how many rewards are null.
 
     `rows` is the fingerprint of the rows. A language with fewer than two different rewards is left out. Raises
     EvaluationError when all rewards together are too few or all the same.

@@ -15,8 +15,8 @@ from rayrm.evaluation.report import Card, Cards, Figure, Figures, Report, Sectio
 MAX_EXAMPLE_CHARS = 600
 
 
-class JudgedSet(NamedTuple):
-    """JudgedPreference rows with what was measured on them."""
+class RewardedSet(NamedTuple):
+    """RewardedPreference rows with what was measured on them."""
 
     name: str
     rows: pa.Table
@@ -29,10 +29,10 @@ class JudgedSet(NamedTuple):
         return self.slices[0].metrics
 
 
-def judge_set(name: str, rows: pa.Table, config: BootstrapConfig) -> JudgedSet:
-    """Measure JudgedPreference rows. Raises EvaluationError when none of them is scored."""
+def measure_set(name: str, rows: pa.Table, config: BootstrapConfig) -> RewardedSet:
+    """Measure RewardedPreference rows. Raises EvaluationError when none of them is scored."""
     pairs = read_pairs(rows)
-    return JudgedSet(name, rows, pairs, measure(pairs, config, f"'{name}'"))
+    return RewardedSet(name, rows, pairs, measure(pairs, config, f"'{name}'"))
 
 
 def summary_table(slices: Sequence[Slice], confidence: float) -> Table:
@@ -70,7 +70,7 @@ def _point_interval(bounds: Sequence[float]) -> str:
 
 
 def build_report(
-    sets: Sequence[JudgedSet], lead: str, facts: dict[str, str], bootstrap: BootstrapConfig, num_examples: int
+    sets: Sequence[RewardedSet], lead: str, facts: dict[str, str], bootstrap: BootstrapConfig, num_examples: int
 ) -> Report:
     """The page: the first set with figures and examples, then each further set with its table and figures."""
     main, *further = sets
@@ -82,7 +82,7 @@ def build_report(
     return Report("Reward model evaluation", lead, tiles, facts, sections)
 
 
-def _tiles(main: JudgedSet) -> list[Tile]:
+def _tiles(main: RewardedSet) -> list[Tile]:
     m = main.overall
     low, high = m["accuracy_gain_interval"]
     tone: Tone = "good" if low > 0 else "bad" if high < 0 else "plain"
@@ -96,25 +96,25 @@ def _tiles(main: JudgedSet) -> list[Tile]:
     ]
 
 
-def _accuracy_tile(judged: JudgedSet, label: str) -> Tile:
-    low, high = judged.overall["accuracy_interval"]
+def _accuracy_tile(rewarded: RewardedSet, label: str) -> Tile:
+    low, high = rewarded.overall["accuracy_interval"]
     tone: Tone = "good" if low > 0.5 else "bad" if high < 0.5 else "plain"
-    return Tile(label, f"{judged.overall['accuracy']:.1%}", _percent_interval((low, high)), tone)
+    return Tile(label, f"{rewarded.overall['accuracy']:.1%}", _percent_interval((low, high)), tone)
 
 
-def _numbers(judged: JudgedSet, config: BootstrapConfig, title: str, blocks: Sequence[Figures] = ()) -> Section:
+def _numbers(rewarded: RewardedSet, config: BootstrapConfig, title: str, blocks: Sequence[Figures] = ()) -> Section:
     about = (
         "Accuracy is the share of rows whose chosen completion has the higher reward; a tie is a miss. Length only is "
         "a judge that always prefers the longer completion, or always the shorter one, whichever is right more often "
         "on the very rows of its line; equal lengths give it half a point. Gain is accuracy minus length only, in "
         f"percentage points. Intervals come from {config.num_resamples:,} resamples of whole groups of rows."
     )
-    return Section(title, [Text(about), summary_table(judged.slices, config.confidence), *blocks])
+    return Section(title, [Text(about), summary_table(rewarded.slices, config.confidence), *blocks])
 
 
-def _figures(judged: JudgedSet) -> Figures:
-    scored = judged.pairs.select(np.isfinite(judged.pairs.gaps))
-    shown = [part for part in judged.slices if part.kind != "subset" and part.metrics["num_rows"]]
+def _figures(rewarded: RewardedSet) -> Figures:
+    scored = rewarded.pairs.select(np.isfinite(rewarded.pairs.gaps))
+    shown = [part for part in rewarded.slices if part.kind != "subset" and part.metrics["num_rows"]]
     return Figures(
         [
             Figure(
@@ -143,18 +143,18 @@ def _figures(judged: JudgedSet) -> Figures:
     )
 
 
-def _examples(judged: JudgedSet, num: int) -> list[Cards | Text | Table | Figure | Figures]:
-    gaps = judged.pairs.gaps
+def _examples(rewarded: RewardedSet, num: int) -> list[Cards | Text | Table | Figure | Figures]:
+    gaps = rewarded.pairs.gaps
     order = [int(i) for i in np.argsort(gaps, kind="stable") if np.isfinite(gaps[i])]
     misses = [i for i in order if gaps[i] <= 0][:num]
     hits = [i for i in reversed(order) if gaps[i] > 0][:num]
     found = {"Worst misses": misses, "Most confident hits": hits}
-    return [Cards(title, [_card(judged, index) for index in rows]) for title, rows in found.items() if rows]
+    return [Cards(title, [_card(rewarded, index) for index in rows]) for title, rows in found.items() if rows]
 
 
-def _card(judged: JudgedSet, index: int) -> Card:
-    row = judged.rows.slice(index, 1).to_pylist()[0]
-    title = f"{judged.pairs.languages[index]} · {row['id']} · gap {judged.pairs.gaps[index]:+.3f}"
+def _card(rewarded: RewardedSet, index: int) -> Card:
+    row = rewarded.rows.slice(index, 1).to_pylist()[0]
+    title = f"{rewarded.pairs.languages[index]} · {row['id']} · gap {rewarded.pairs.gaps[index]:+.3f}"
     return Card(
         title,
         [

@@ -16,8 +16,8 @@ from rayrm.seeds import seed_of
 
 Floats = NDArray[np.float64]
 
-JudgedPreference = RowType(
-    "JudgedPreference",
+RewardedPreference = RowType(
+    "RewardedPreference",
     {**Preference.columns, "chosen_reward": pa.float64(), "rejected_reward": pa.float64(), "status": None},
     (*Preference.nullable, "chosen_reward", "rejected_reward"),
 )
@@ -77,7 +77,7 @@ class Slice(NamedTuple):
 
 
 def read_pairs(rows: pa.Table) -> Pairs:
-    """The numbers of JudgedPreference rows. A reward that is null or not finite makes its row unscored."""
+    """The numbers of RewardedPreference rows. A reward that is null or not finite makes its row unscored."""
     rewards = [_floats(rows[name]) for name in ("chosen_reward", "rejected_reward")]
     with np.errstate(invalid="ignore"):
         gaps = rewards[0] - rewards[1]

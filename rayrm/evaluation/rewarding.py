@@ -1,4 +1,4 @@
-"""Preference → JudgedPreference: reward both sides of every preference with a reward model."""
+"""Preference → RewardedPreference: reward both sides of every preference with a reward model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 
-class JudgingJob(RowsJob):
+class RewardingJob(RowsJob):
     """Preference rows and the reward model that is to agree with them."""
 
     reward_model: RewardModelScoring
@@ -53,7 +53,7 @@ def find_split(model: str) -> Split:
     return Split(training["held_out_fraction"], training["seed"])
 
 
-def judge_preferences(preferences: Dataset, config: JudgingJob) -> Dataset:
+def reward_preferences(preferences: Dataset, config: RewardingJob) -> Dataset:
     """Reward both sides of the rows of `config.split`; other rows are dropped and counted as `trained_on`.
 
     Adds chosen_reward, rejected_reward and status. A model that compares two completions gives each side log p, where p
@@ -64,7 +64,7 @@ def judge_preferences(preferences: Dataset, config: JudgingJob) -> Dataset:
     workers = config.reward_model.workers
     cluster.require(workers.num_workers, workers.num_cpus, workers.num_gpus, "The reward model's evaluation")
     return preferences.map_batches(
-        JudgeStage,
+        RewardStage,
         fn_constructor_args=(config.reward_model, split),
         batch_format="pyarrow",
         batch_size=None,
@@ -78,7 +78,7 @@ def keep_held_out(row: dict[str, Any], split: Split) -> tuple[dict[str, Any] | N
     return ({}, []) if held_out else (None, ["trained_on"])
 
 
-class JudgeStage:
+class RewardStage:
     """An actor that holds the reward model."""
 
     def __init__(self, config: RewardModelScoring, split: Split | None) -> None:
@@ -87,24 +87,24 @@ class JudgeStage:
         self.scorer = RewardModelScorer(config)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Judge the kept rows of a shard that are in the split."""
+        """Reward the kept rows of a shard that are in the split."""
         # Here and not in a stage of its own, which would wait for a CPU when actors hold them all.
         if self.split is not None:
             table = map_table(table, keep_held_out, self.split, ("group",), Preference)
-        return on_kept(table, self.judge)
+        return on_kept(table, self.reward)
 
-    def judge(self, table: pa.Table) -> pa.Table:
+    def reward(self, table: pa.Table) -> pa.Table:
         """`table` with chosen_reward, rejected_reward and status."""
         read = ("prompt", "anchor", "tools", *LANGUAGES, "chosen", "rejected")
         rows = table.select([name for name in read if name in table.column_names]).to_pylist()
-        found = self._judge([(_question(row, "chosen"), _question(row, "rejected")) for row in rows])
+        found = self._reward([(_question(row, "chosen"), _question(row, "rejected")) for row in rows])
         for index, name in enumerate(("chosen_reward", "rejected_reward")):
             table = set_column(table, name, pa.array([pair[index][0] for pair in found], pa.float64()))
         words = [[status for _, status in pair] for pair in found]
         status = pa.StructArray.from_arrays([pa.array(words, TEXTS)], [self.config.name])
         return set_column(table, "status", status)
 
-    def _judge(self, pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[tuple[Outcome, Outcome]]:
+    def _reward(self, pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[tuple[Outcome, Outcome]]:
         if isinstance(self.scorer.rewarder.readout, Comparison):
             return self.scorer.compare(pairs)
         scores = self.scorer.score([question for pair in pairs for question in pair])

@@ -1,0 +1,123 @@
+"""What an evaluation found, row by row and without texts: the one form that reports and analyses of any model read."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayrm import files
+from rayrm.errors import SchemaError
+from rayrm.evaluation.benchmarks import (
+    BENCHMARKS,
+    TIES,
+    BenchmarkScore,
+    BestOf,
+    mean_credits,
+    score_benchmark,
+    score_ties,
+)
+from rayrm.rows import NUMBERS, RowType
+
+RESULTS = "results.parquet"
+"""Name of the file with an evaluation's results, in its output folder."""
+REWARD_MODEL, IMPLICIT, CUSTOM, JUDGE = "Seq. Classifier", "DPO", "Custom Classifier", "Generative RM"
+"""What RewardBench calls the kinds of models."""
+
+Result = RowType(
+    "Result",
+    {
+        "model": pa.string(),
+        "model_type": pa.string(),
+        "benchmark": pa.string(),
+        "set": pa.string(),
+        "id": pa.string(),
+        "group": pa.string(),
+        "lang": pa.string(),
+        "subset": pa.string(),
+        "num_correct": pa.int64(),
+        "rewards": NUMBERS,
+        "lengths": pa.list_(pa.int64()),
+        "credit": pa.float64(),
+        "status": pa.string(),
+    },
+    ("benchmark", "subset", "rewards", "credit"),
+)
+"""A row that a model was evaluated on: the answers that are right come first, `num_correct` of them.
+
+`rewards` are raw, null as a whole for a judge that names a winner, null singly where there is none; `lengths` are the
+answers' characters. `credit`, 0 to 1, is what the row counts; null where it counts nothing, with the reason in `status`.
+`benchmark` is a key of `BENCHMARKS`, or null for any other set. The key of a row is (`model`, `set`, `id`, `lang`).
+"""
+
+
+class Score(NamedTuple):
+    """What a model gets on a set in one language."""
+
+    score: float | None
+    """The benchmark's overall score, or the mean credit where the set is no benchmark's; null where it has none."""
+    benchmark: BenchmarkScore | None
+    """The parts of it; null for any other set."""
+    subsets: dict[str, float]
+    """Subset to its mean credit, or to its score for Ties."""
+    num_rows: int
+    """Rows with a credit, or with all rewards for Ties."""
+    num_unscored: int
+
+
+def write_results(output: str, rows: Iterable[dict[str, Any]]) -> str:
+    """Write the results of an evaluation into its output folder; give the file's path."""
+    path = files.join(output, RESULTS)
+    schema = pa.schema([(name, kind) for name, kind in Result.columns.items() if kind is not None])
+    with files.atomic_file(path) as handle:
+        pq.write_table(pa.Table.from_pylist(list(rows), schema), handle)
+    return path
+
+
+def read_results(output: str) -> pa.Table:
+    """The results of the evaluation in a folder. Raises SchemaError when there are none."""
+    path = files.join(output, RESULTS)
+    fs, inner = files.filesystem(path)
+    if not fs.exists(inner):
+        raise SchemaError(
+            f"'{output}' holds no {RESULTS}; give the output of evaluate_reward_model or judge_preferences."
+        )
+    with fs.open(inner, "rb") as handle:
+        table = pq.read_table(handle)
+    Result.check(table.schema, f"'{path}'")
+    return Result.conform(table)
+
+
+def score_results(rows: Sequence[dict[str, Any]]) -> Score:
+    """The score of Result rows of one model, set and language."""
+    name = next((row["benchmark"] for row in rows), None)
+    ties = [row for row in rows if row["benchmark"] is not None and row["subset"] == TIES]
+    others = [row for row in rows if row["benchmark"] is None or row["subset"] != TIES]
+    credits = [row["credit"] for row in others]
+    subsets = mean_credits([row["subset"] or "" for row in others], credits)
+    num_rows = sum(credit is not None for credit in credits)
+    if ties:
+        found = score_ties(BestOf(row["id"], TIES, row["num_correct"], row["rewards"] or ()) for row in ties)
+        num_rows += len(ties) - found.num_unscored
+        if found.score is not None:
+            subsets[TIES] = found.score
+    num_unscored = len(rows) - num_rows
+    if not subsets:
+        return Score(None, None, {}, num_rows, num_unscored)
+    if name is None:
+        known = [credit for credit in credits if credit is not None]
+        named = {subset: value for subset, value in subsets.items() if subset}
+        return Score(sum(known) / len(known), None, named, num_rows, num_unscored)
+    whole = score_benchmark(BENCHMARKS[name], subsets)
+    return Score(whole.overall, whole, subsets, num_rows, num_unscored)
+
+
+def by_model_and_language(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Rows of one set by model and, within it, by language, in the order in which they come."""
+    found: defaultdict[str, defaultdict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        found[row["model"]][row["lang"]].append(row)
+    return {model: dict(languages) for model, languages in found.items()}
