@@ -21,9 +21,9 @@ from rayrm.counts import describe_counts
 from rayrm.evaluation.report import Table, format_table
 from rayrm.rows import with_hidden
 from rayrm.runs import commit_shard, finish_run, shard_path, start_run
+from rayrm.sources.kinds import ROW_KINDS
 from rayrm.sources.preferences import PreferencesConfig, make_tables, select_rows, sum_counts
 from rayrm.sources.tables import rebatch
-from rayrm.sources.validation import ROW_KINDS
 
 log = logging.getLogger("rayrm")
 

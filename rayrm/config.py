@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import sys
-import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from rayrm import errors
 from rayrm.errors import ConfigError, RayRMError
@@ -189,79 +187,44 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def _put(values: dict[str, Any], key: str, value: Any) -> None:
+def _put(values: Any, key: str, value: Any) -> None:
+    """Set a field by its dotted key; a number is a place of a list, the first free one included."""
     *parents, last = key.split(".")
-    for parent in parents:
-        nested = values.setdefault(parent, {})
-        if not isinstance(nested, dict):
-            raise ConfigError(f"'{key}' reaches into '{parent}', which is {nested!r} and has no fields.")
-        values = nested
-    values[last] = value
+    for parent, inner in zip(parents, [*parents, last][1:], strict=True):
+        empty: Any = [] if inner.isdigit() else {}
+        values = _step(values, parent, key, empty)
+        if not isinstance(values, list if inner.isdigit() else dict):
+            raise ConfigError(f"'{key}' reaches into '{parent}', which is {values!r} and has no '{inner}'.")
+    if isinstance(values, list):
+        _step(values, last, key, value)
+        values[int(last)] = value
+    else:
+        values[last] = value
+
+
+def _step(values: Any, part: str, key: str, empty: Any) -> Any:
+    if isinstance(values, dict):
+        return values.setdefault(part, empty)
+    place = int(part)
+    if place > len(values):
+        raise ConfigError(f"'{key}' names place {place} of a list of {len(values)}; the first one is 0.")
+    if place == len(values):
+        values.append(empty)
+    return values[place]
 
 
 def parse_args(cls: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
     """`[config.yaml] field=value …` as a `cls`; `--help` prints its fields and exits. Raises ConfigError."""
     words = list(sys.argv[1:] if argv is None else argv)
     if any(word in ("-h", "--help") for word in words):
+        from rayrm.help import describe
+
         print(describe(cls))
         raise SystemExit(0)
     files = [word for word in words if "=" not in word]
     if len(files) > 1:
         raise ConfigError(f"Give at most one config file and words 'field=value'; found {' '.join(files)}.")
     return load_config(cls, files[0] if files else None, [word for word in words if "=" in word])
-
-
-def describe(cls: type[BaseModel]) -> str:
-    """The help text of a job's config: a line for each field with its type, default and docstring."""
-    lines = ["usage: python -m jobs.<name> [config.yaml] [field=value …]", "", (cls.__doc__ or "").strip(), ""]
-    lines += _describe_fields(cls, "")
-    return "\n".join(lines)
-
-
-def _describe_fields(cls: type[BaseModel], prefix: str) -> list[str]:
-    lines = []
-    for name, field in cls.model_fields.items():
-        nested = [t for t in _members(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
-        text = " ".join((field.description or "").split())
-        items = [t for t in typing.get_args(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
-        if items and _is_container(field.annotation):
-            lines += [f"  {prefix}{name}: list  {text}", *_describe_fields(items[0], f"{prefix}{name}[].")]
-            continue
-        if nested:
-            for variant in nested:
-                tag = f" (type={_tag(variant)})" if len(nested) > 1 else ""
-                about = text or " ".join((variant.__doc__ or "").split())
-                lines += [f"  {prefix}{name}.*{tag}  {about}", *_describe_fields(variant, f"{prefix}{name}.")]
-            continue
-        required = field.default is PydanticUndefined and field.default_factory is None
-        default = "required" if required else f"default {field.get_default(call_default_factory=True)!r}"
-        lines.append(f"  {prefix}{name}: {_type_name(field.annotation)}  [{default}]  {text}")
-    return lines
-
-
-def _members(annotation: Any) -> list[Any]:
-    origin = typing.get_origin(annotation)
-    if origin is typing.Annotated:
-        return _members(typing.get_args(annotation)[0])
-    if origin in (typing.Union, types.UnionType):
-        return [member for part in typing.get_args(annotation) for member in _members(part)]
-    return [annotation]
-
-
-def _is_container(annotation: Any) -> bool:
-    return typing.get_origin(annotation) in (list, dict, tuple)
-
-
-def _tag(cls: type[BaseModel]) -> str:
-    return str(cls.model_fields["type"].default) if "type" in cls.model_fields else cls.__name__
-
-
-def _type_name(annotation: Any) -> str:
-    if isinstance(annotation, type) and not typing.get_args(annotation):
-        return annotation.__name__
-    if typing.get_origin(annotation) is typing.Literal:
-        return "|".join(str(value) for value in typing.get_args(annotation))
-    return str(annotation).replace("typing.", "").replace("NoneType", "null").replace("None", "null")
 
 
 def run_job(main: Callable[[], object]) -> None:

@@ -5,8 +5,9 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from rayrm.config import NOT_IDENTITY, Config, Workers, describe, identity, load_config, parse_args, run_job
+from rayrm.config import NOT_IDENTITY, Config, Workers, identity, load_config, parse_args, run_job
 from rayrm.errors import ConfigError
+from rayrm.help import describe
 
 
 class Red(Config):
@@ -54,7 +55,7 @@ def test_identity_leaves_out_what_does_not_change_the_result():
             "'colour.red.depth' is -1: input should be greater than or equal to 0",
         ),
         (["shine=1"], "'shine' is not a field; `--help` lists the fields of Paint"),
-        (["layers.x=1", "layers.x.y=1"], "reaches into 'x', which is 1 and has no fields"),
+        (["layers.x=1", "layers.x.y=1"], "reaches into 'x', which is 1 and has no 'y'"),
         (["a.yaml", "b.yaml"], "at most one config file"),
         (["missing.yaml"], "There is no config file at 'missing.yaml'"),
     ],

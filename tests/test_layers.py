@@ -25,6 +25,7 @@ LAYERS = [
         "matrix",
         "counts",
         "retrying",
+        "help",
     ],
     ["shards", "rows"],
     ["runs"],

@@ -14,7 +14,8 @@ from rayrm.rows import Preference, Rated, Stepwise
 from rayrm.seeds import seed_of
 from rayrm.shards import iter_tables, list_files, list_shards, read_schemas, read_shard, read_table
 from rayrm.sources.preferences import PreferenceSource, SourceColumns
-from rayrm.sources.validation import COMMON, REASONS, ROW_KINDS, InvalidRow, make_row
+from rayrm.sources.kinds import COMMON, ROW_KINDS, make_row
+from rayrm.sources.validation import REASONS, InvalidRow
 
 
 def chat(*turns):
@@ -477,14 +478,14 @@ def test_hub_dataset_is_loaded_with_its_split(tmp_path, monkeypatch):
 
     asked = []
 
-    def load(path, split):
-        asked.append((path, split))
+    def load(path, name, split):
+        asked.append((path, name, split))
         return datasets.Dataset(pa.Table.from_pylist(PAIRS))
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.chdir(tmp_path)
-    rows, mark = run(tmp_path, {"input": "some/pairs", "split": "dev", "lang": "en"})
-    assert len(rows) == 10 and asked == [("some/pairs", "dev")]
+    rows, mark = run(tmp_path, {"input": "some/pairs", "config": "a", "split": "dev", "lang": "en"})
+    assert len(rows) == 10 and asked == [("some/pairs", "a", "dev")]
     assert mark["inputs"] == {"sources.0.input": "hub:some/pairs"} and list(mark["sources"]) == ["some/pairs"]
 
 

@@ -1,4 +1,4 @@
-"""Foreign preferences, ratings and steps → Preference, Rated and Stepwise rows: a mixture of sources, of one type."""
+"""Foreign preferences, ratings, steps and answers → rows of ours: a mixture of sources, of one type."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from rayrm.errors import SchemaError
 from rayrm.rows import HIDDEN
 from rayrm.runs import INPUT
 from rayrm.seeds import seed_of
+from rayrm.sources.kinds import COMMON, ROW_KINDS, RowKind, make_row
 from rayrm.sources.tables import find_columns, list_objectives, open_tables, read_fields
-from rayrm.sources.validation import COMMON, REASONS, ROW_KINDS, Fields, InvalidRow, RowKind, make_row, require
+from rayrm.sources.validation import REASONS, Fields, InvalidRow, require
 
 
 class SourceColumns(Config):
@@ -58,6 +59,10 @@ class SourceColumns(Config):
     """The steps of an answer, a list of texts."""
     labels: str | None = "labels"
     """For each step whether it is right: a boolean, a number from 0 to 1, `+` or `-`, or null."""
+    correct: str | None = "chosen"
+    """The right answers of several, a list of texts."""
+    incorrect: str | None = "rejected"
+    """The wrong ones."""
     weight: str | None = "weight"
     """How much a row counts, 0 or more."""
     lang: str | None = "lang"
@@ -77,11 +82,15 @@ class PreferenceSource(Config):
 
     input: str = Field(json_schema_extra=INPUT)  # type: ignore[arg-type]
     """A parquet, JSONL or CSV file or a folder of them (any fsspec path), or the hub id of a dataset."""
+    config: str | None = None
+    """Configuration of a hub dataset, or of a folder with a copy of one."""
     split: str | None = None
-    """Split of a hub dataset; left out, `train`."""
+    """Split of a hub dataset or of a copy; left out, `train`."""
     name: str | None = None
     """What the source is called in counts, in `subset` where a row has none of its own, and before the rows' own ids
     (`name/id`), so that those of several sources stay apart; left out, the input is its name in counts alone."""
+    ids_within_subset: bool = False
+    """Whether ids are those of a subset: each row's subset is put before its id, and no name."""
     columns: SourceColumns = SourceColumns()
     """What its columns are called."""
     lang: str | None = None
@@ -102,8 +111,10 @@ class PreferenceSource(Config):
 class PreferencesConfig(Config):
     """Which sources become rows of which type, and what is done about rows that are invalid."""
 
-    rows: Literal["preference", "rated", "stepwise"] = "preference"
-    """preference: pairs of a chosen and a rejected answer. rated: answers with ratings. stepwise: answers in steps."""
+    rows: Literal["preference", "rated", "stepwise", "best_of", "conversation"] = "preference"
+    """preference: pairs of a chosen and a rejected answer. rated: answers with ratings. stepwise: answers in steps.
+    best_of: right and wrong answers, as candidates of which the first `num_correct` are right. conversation: a prompt
+    with one candidate, its answer."""
     sources: list[PreferenceSource] = Field(min_length=1)
     """Datasets, one after the other."""
     on_invalid: dict[str, Literal["drop", "error"]] = Field({})
@@ -159,7 +170,7 @@ def select_rows(config: PreferencesConfig, advance: Callable[[int], Any]) -> lis
     Of rows with one id and language the first is valid. Remembers a digest of every one, some 200 bytes. Raises
     SchemaError when a source lacks a column, keeps too few rows, or has an invalid row whose policy is `error`.
     """
-    opened = [(source, open_tables(source.input, source.split)) for source in config.sources]
+    opened = [(source, open_tables(source.input, source.split, source.config)) for source in config.sources]
     seen: set[bytes] = set()
     return [_select(source, read, config, seen, advance) for source, read in opened]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -10,7 +11,7 @@ import pyarrow as pa
 from rayrm import files
 from rayrm.errors import ConfigError, SchemaError
 from rayrm.shards import iter_tables
-from rayrm.sources.validation import COMMON, RowKind
+from rayrm.sources.kinds import COMMON, RowKind
 
 if TYPE_CHECKING:
     from rayrm.sources.preferences import PreferenceSource
@@ -18,31 +19,49 @@ if TYPE_CHECKING:
 TABLE_ROWS = 8192
 
 
-def open_tables(path: str, split: str | None) -> Callable[[], Iterable[pa.Table]]:
+def open_tables(path: str, split: str | None, config: str | None = None) -> Callable[[], Iterable[pa.Table]]:
     """What reads the rows at `path` from the start, as tables, each time it is called.
 
-    `split` is that of a hub dataset (null: `train`). Raises ConfigError for a split of local files, and for a dataset
-    that the hub does not give.
+    `split` and `config` are those of a dataset of the hub (null: `train`, and its only configuration), or of a folder
+    with a copy of one. A `.json` file holds a list of rows, or one a line. Raises ConfigError for a split of other local
+    files, and for a dataset that cannot be had.
     """
-    if not files.is_hub_id(path):
-        if split is not None:
+    if not files.is_hub_id(path) and not path.endswith(".json"):
+        if split is None and config is None:
+            return lambda: _slice_tables(iter_tables(path, num_rows=TABLE_ROWS))
+        if not Path(path).is_dir():
+            told = f"split is '{split}'" if config is None else f"config is '{config}'"
             raise ConfigError(
-                f"split is '{split}', and '{path}' is no hub dataset; give the file of the split as input."
+                f"{told}, and '{path}' is no hub dataset, nor a local folder with a copy of one; give the file of the "
+                "split as input."
             )
-        return lambda: _slice_tables(iter_tables(path, num_rows=TABLE_ROWS))
-    import datasets
-
-    try:
-        dataset = datasets.load_dataset(path, split=split or "train").with_format("arrow")
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
-        raise ConfigError(f"There is nothing at '{path}', and the hub gives no such dataset: {reason}.") from error
+        if config is not None and Path(path, config).is_dir():
+            path, config = str(Path(path, config)), None
+    dataset = _load_dataset(path, split or "train", config)
 
     def read() -> Iterator[pa.Table]:
         for table in dataset.iter(TABLE_ROWS):
             yield table.replace_schema_metadata(None)
 
     return read
+
+
+def _load_dataset(path: str, split: str, config: str | None) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        if path.endswith(".json"):
+            found = datasets.load_dataset("json", data_files=path, split="train")
+        else:
+            found = datasets.load_dataset(path, name=config, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"There is no dataset at '{path}' with split '{split}' and config '{config}', nor does the hub give one: "
+            f"{reason}."
+        ) from error
+    return found.with_format("arrow")
 
 
 def _slice_tables(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -123,12 +142,17 @@ def read_fields(table: pa.Table, columns: Mapping[str, str]) -> Iterator[dict[st
 def _check_types(schema: pa.Schema, columns: Mapping[str, str], source: PreferenceSource) -> None:
     for field, name in columns.items():
         found = schema.field(name).type
-        what, holds = _HOLDS["margin" if field.startswith(_RATING) else field]
-        if not holds(found):
+        what, is_held = _HOLDS["margin" if field.startswith(_RATING) else field]
+        if not is_held(found):
             raise SchemaError(
                 f"Column '{name}' of '{source.title}' is {found}, and columns.{field} needs {what}; name another column, "
                 "or null for none."
             )
+
+
+def holds(field: str, kind: pa.DataType) -> bool:
+    """Whether a column of a type can hold a field of `SourceColumns`."""
+    return _HOLDS[field][1](kind)
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -170,10 +194,13 @@ _RATING = "ratings."
 _HOLDS: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
     **dict.fromkeys(("id", "group"), ("text or whole numbers", _is_key)),
     **dict.fromkeys(("system", "lang", "src_lang", "tgt_lang", "subset"), ("text", _is_text)),
-    **dict.fromkeys(("prompt", "chosen", "rejected", "completion"), ("text or lists of role and content", _is_chat)),
+    **dict.fromkeys(
+        ("prompt", "chosen", "rejected", "completion", "messages"), ("text or lists of role and content", _is_chat)
+    ),
     **dict.fromkeys(("chosen_score", "rejected_score", "margin", "label", "weight"), ("numbers", _is_number)),
     "tools": ("lists", lambda kind: _is_text(kind) or _is_list(kind, lambda item: True)),
     "ratings": ("a struct of numbers", _is_ratings),
+    **dict.fromkeys(("correct", "incorrect"), ("lists of text", lambda kind: _is_list(kind, _is_text))),
     "steps": ("lists of text", lambda kind: _is_list(kind, _is_text)),
     "labels": ("lists of numbers", lambda kind: _is_list(kind, _is_number)),
 }

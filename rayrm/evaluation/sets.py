@@ -1,0 +1,214 @@
+"""The rows that models are evaluated on: any set of preferences, of right and wrong answers, or of conversations."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import pyarrow as pa
+from pydantic import Field
+
+from rayrm import files
+from rayrm.config import NOT_IDENTITY, Config
+from rayrm.counts import describe_counts
+from rayrm.errors import ConfigError
+from rayrm.evaluation.benchmarks import PRIOR_DATASET, Benchmark
+from rayrm.languages import LANGUAGES
+from rayrm.rows import set_column, with_hidden
+from rayrm.runs import INPUT, commit_shard, finish_run, shard_path, start_run
+from rayrm.sources.detection import Rows, find_rows, find_source_columns
+from rayrm.sources.kinds import ROW_KINDS
+from rayrm.sources.preferences import PreferencesConfig, PreferenceSource, SourceColumns, make_tables, select_rows
+from rayrm.sources.tables import open_tables
+
+log = logging.getLogger("rayrm")
+READ_BY_SCORERS = ("anchor", "source", "reference")
+"""Columns beside a row's own that a scorer may read; all others ride along in `metadata`."""
+
+
+class EvaluationSet(Config):
+    """One set that models are evaluated on."""
+
+    input: str = Field(json_schema_extra=INPUT)  # type: ignore[arg-type]
+    """A parquet, JSONL, CSV or JSON file, a folder of them (any fsspec path), a folder with a copy of a hub dataset, or
+    the hub id of a dataset."""
+    name: str = Field("preferences", pattern=r"^[\w.-]+$")
+    """What reports and results call it; sets of one name count as one."""
+    config: str | None = None
+    """Configuration of a hub dataset or of a copy, such as a language."""
+    split: str | None = None
+    """Split of a hub dataset or of a copy; left out, `train`."""
+    rows: Literal["preference", "best_of", "conversation"] | None = None
+    """What it holds: pairs, right and wrong answers as lists, or whole conversations; null to see by its columns."""
+    columns: SourceColumns | None = None
+    """What its columns are called; null to find them by their usual names."""
+    lang: str = "en"
+    """Language of rows that have none of their own."""
+    subset: str | None = None
+    """Subset of all of its rows; null for their own."""
+    max_rows: int | None = Field(None, ge=1)
+    """Take at most so many rows, a sample that hangs on their ids."""
+
+
+class PreparedSets(Config):
+    """Sets as rows of ours, in a folder for each type of rows."""
+
+    sets: list[EvaluationSet] = Field(min_length=1)
+    """The sets."""
+    languages: list[str] | None = None
+    """ISO codes of the languages whose rows count; null for all."""
+    output: str = Field(json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
+    """Folder for the rows."""
+    shard_rows: int = Field(512, ge=1)
+    """Rows in each file that is written."""
+
+
+class Prepared(NamedTuple):
+    """Where the rows of one type are, and how many."""
+
+    rows: Rows
+    path: str
+    num_rows: int
+
+
+def benchmark_sets(benchmark: Benchmark, languages: Sequence[str] | None, copy: str | None) -> list[EvaluationSet]:
+    """The sets of a benchmark, from the hub or from copies of its datasets in the folder `copy`.
+
+    A copy is called by the last part of its hub id. A benchmark that is translated has a set for each of `languages`
+    (null: all of its own). Raises ConfigError for a language that it is not translated into.
+    """
+
+    def where(dataset: str) -> str:
+        return files.join(copy, dataset.rpartition("/")[2]) if copy else dataset
+
+    common: dict[str, Any] = {"name": benchmark.name, "input": where(benchmark.dataset), "split": benchmark.split}
+    if benchmark.languages:
+        known = {language.code: language for language in benchmark.languages}
+        wanted = list(known) if languages is None else [code for code in languages if code != "en"]
+        if unknown := [code for code in wanted if code not in known]:
+            raise ConfigError(
+                f"{benchmark.name} is not translated into {', '.join(unknown)}; its languages are {', '.join(known)}."
+            )
+        return [EvaluationSet(**common, config=known[code].flores, lang=code) for code in wanted]
+    prior = {"name": benchmark.name, "input": where(PRIOR_DATASET)}
+    return [EvaluationSet(**common)] + [
+        EvaluationSet(**prior, split=name, subset=name, columns=_PRIOR_COLUMNS) for name in benchmark.prior_sets
+    ]
+
+
+_PRIOR_COLUMNS = SourceColumns(subset=None)
+
+
+def prepare_sets(config: PreparedSets) -> list[Prepared]:
+    """Read all sets into folders below `config.output`, once; what was dropped is counted in its `run.json`.
+
+    Each row has the name of its set in `set`, and what else its file holds of it as JSON in `metadata`. Raises ConfigError
+    and SchemaError as the sets ask for it, and ConfigError when no row is in one of the languages.
+    """
+    if start_run(config):
+        tables: defaultdict[Rows, list[pa.Table]] = defaultdict(list)
+        counts: dict[str, Any] = {}
+        for part in config.sets:
+            rows, table, told = _read_set(part, config.languages)
+            title = " ".join(filter(None, (part.name, part.config or part.subset, part.input)))
+            counts[title] = told
+            log.info("%s: %s", title, describe_counts(told))
+            tables[rows].append(table)
+        whole = {rows: pa.concat_tables(parts, promote_options="permissive") for rows, parts in tables.items()}
+        num_rows = {rows: table.num_rows for rows, table in whole.items() if table.num_rows}
+        if not num_rows:
+            raise ConfigError(f"No row of the sets is in one of the languages {', '.join(config.languages or [])}.")
+        for rows in num_rows:
+            _write(files.join(config.output, rows), _with_own_keys(whole[rows]), rows, config.shard_rows)
+        finish_run(config, {"num_rows": num_rows, "sets": counts})
+    done = files.read_json(files.join(config.output, files.RUN_MARK))["num_rows"]
+    return [Prepared(rows, files.join(config.output, rows), num) for rows, num in done.items()]
+
+
+def _read_set(part: EvaluationSet, languages: Sequence[str] | None) -> tuple[Rows, pa.Table, dict[str, Any]]:
+    schema = _schema(part)
+    rows = part.rows if part.rows and part.columns else find_rows(schema, part.rows, part.input)
+    columns = part.columns or find_source_columns(schema, rows, lambda field: True)
+    source = PreferenceSource(
+        input=part.input,
+        config=part.config,
+        split=part.split,
+        columns=columns,
+        lang=part.lang,
+        max_rows=part.max_rows,
+        ids_within_subset=_repeats_ids(part, columns),
+    )
+    selecting = PreferencesConfig(rows=rows, sources=[source])
+    selected = select_rows(selecting, lambda num: None)
+    table = pa.concat_tables(make_tables(selected, selecting), promote_options="permissive")
+    counts = selected[0].counts
+    if languages is not None:
+        table = table.filter(pa.array([lang in languages for lang in table["lang"].to_pylist()], pa.bool_()))
+        other = counts["written"] - table.num_rows
+        dropped = {**counts["dropped"], **({"other_language": other} if other else {})}
+        counts = {**counts, "written": table.num_rows, "dropped": dropped}
+    if part.subset is not None:
+        table = set_column(table, "subset", pa.array([part.subset] * table.num_rows, pa.string()))
+    return rows, _with_metadata(table, columns.keep, part.name), counts
+
+
+def _schema(part: EvaluationSet) -> pa.Schema:
+    for table in open_tables(part.input, part.split, part.config)():
+        return table.schema
+    return pa.schema([])
+
+
+def _repeats_ids(part: EvaluationSet, columns: SourceColumns) -> bool:
+    """Whether the rows of different subsets have the same ids, and those of each subset have not."""
+    if columns.id is None or columns.subset is None:
+        return False
+    ids: Counter[Any] = Counter()
+    whole: Counter[Any] = Counter()
+    for table in open_tables(part.input, part.split, part.config)():
+        names = [name for name in (columns.lang, columns.id, columns.subset) if name in table.column_names]
+        if columns.id not in names or columns.subset not in names:
+            return False
+        for row in zip(*(table[name].to_pylist() for name in names), strict=True):
+            ids[row[:-1]] += 1
+            whole[row] += 1
+    return max(ids.values(), default=0) > 1 >= max(whole.values(), default=0)
+
+
+def _with_metadata(table: pa.Table, kept: Sequence[str], name: str) -> pa.Table:
+    """`table` with its set's name, and with its kept columns but for those of scorers as JSON in `metadata`."""
+    packed = [column for column in kept if column not in READ_BY_SCORERS]
+    values = table.select(packed).to_pylist() if packed else [{}] * table.num_rows
+    texts = [json.dumps(value, ensure_ascii=False, default=str) for value in values]
+    table = table.drop_columns(packed).append_column("metadata", pa.array(texts, pa.string()))
+    for column in READ_BY_SCORERS:
+        if column in table.column_names:
+            table = set_column(table, column, table[column].cast(pa.string()))
+    return table.append_column("set", pa.array([name] * table.num_rows, pa.string()))
+
+
+def _with_own_keys(table: pa.Table) -> pa.Table:
+    """`table` without rows whose set, id and language an earlier row has: those of several sets of one name."""
+    seen: set[tuple[str, ...]] = set()
+    fresh = []
+    for key in zip(*(table[name].to_pylist() for name in ("set", "subset", "id", "lang")), strict=True):
+        fresh.append(key not in seen)
+        seen.add(key)
+    if not all(fresh):
+        log.warning("%d rows stand in several sets of one name and count once", fresh.count(False))
+    return table.filter(pa.array(fresh, pa.bool_()))
+
+
+def _write(output: str, table: pa.Table, rows: Rows, shard_rows: int) -> None:
+    num_shards = -(-table.num_rows // shard_rows)
+    for index in range(num_shards):
+        part = with_hidden(table.slice(index * shard_rows, shard_rows))
+        commit_shard(shard_path(output, index, num_shards), part, ROW_KINDS[rows].row_type)
+
+
+def check_languages(languages: Sequence[str] | None) -> None:
+    """Raise ConfigError for a code that is not in the table of languages."""
+    if unknown := [code for code in languages or () if code not in LANGUAGES]:
+        raise ConfigError(f"There is no language {', '.join(unknown)}; the codes are {', '.join(LANGUAGES)}.")
