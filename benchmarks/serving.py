@@ -86,7 +86,8 @@ def run(mode: str, *words: str) -> dict[str, Any]:
 def prepare(path: str, folder: str, num_rows: int) -> list[str]:
     """A reward model, and so many different conversations, rendered, in `<folder>/rows.json`."""
     from rayrm.models.creation import CreationConfig, create_model
-    from rayrm.models.reward_model import NewHead, load_padding_tokenizer, load_reward_model
+    from rayrm.models.loading import load_padding_tokenizer
+    from rayrm.models.reward_model import NewHead, load_reward_model
     from rayrm.models.rewarder import Rendering, load_rewarder
 
     pairs = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]

@@ -17,6 +17,8 @@ from transformers import (
 
 from rayrm.errors import CheckpointError
 from rayrm.models.foreign import find_layout
+from rayrm.models.inputs import padded_batch
+from rayrm.models.reward_model import NewHead, load_reward_model
 
 HIDDEN, OBJECTIVES = 32, 19
 ROWS = [[1, 7, 9, 30, 2], [1, 5, 6, 7, 8, 9, 10, 11, 2]]
@@ -172,6 +174,84 @@ def test_regression_head_of_ultrarm_in_an_old_torch_file(policy, tmp_path):
     weights |= {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": draw(0, 8) for layer in (0, 1)}
     torch.save(weights, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     assert check_rewards(tmp_path, policy, head).name == "ultrarm"
+
+
+def layered_head(names, seed, *widths):
+    """Random layers by the names of a file, and the same as a function of the decoder's state."""
+    shapes = list(zip(widths[1:], widths, strict=False))
+    layers = [(draw(seed + i, *shape), draw(seed + 50 + i, shape[0])) for i, shape in enumerate(shapes)]
+    tensors = {f"{n}.weight": weight for n, (weight, _) in zip(names, layers, strict=True)}
+    tensors |= {f"{n}.bias": bias for n, (_, bias) in zip(names, layers, strict=True)}
+
+    def apply(state):
+        for index, (weight, bias) in enumerate(layers):
+            state = weight @ (state.clamp(min=0) if index else state) + bias
+        return state
+
+    return tensors, apply
+
+
+@torch.inference_mode()
+def check_whole_rewards(folder, policy, head):
+    """Against `head` at the last token of rows that are padded together."""
+    model, reads = load_reward_model(str(folder)), [[len(row) - 1] for row in ROWS]
+    found = model(**padded_batch(ROWS, reads, 0, "cpu"))[0][:, 0]
+    states = [policy.model(input_ids=torch.tensor([row])).last_hidden_state[0, -1] for row in ROWS]
+    expected = torch.stack([head(state) for state in states])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert (found[0] - found[1]).abs() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "names", "widths"),
+    [
+        ("grm", ["v_head.summary.0", "v_head.summary.2"], (HIDDEN, 24, 1)),
+        ("grm", ["v_head.summary.0", "v_head.summary.2", "v_head.summary.4"], (HIDDEN, 24, 16, 1)),
+        ("inf_orm", ["score.0", "score.2"], (HIDDEN, HIDDEN, 1)),
+    ],
+)
+def test_heads_of_several_layers(policy, tmp_path, name, names, widths):
+    save_config(policy, tmp_path, "LlamaForSequenceClassification" if name == "inf_orm" else "LlamaForCausalLM")
+    tensors, head = layered_head(names, 60, *widths)
+    save_weights(tmp_path, weights_of(policy, with_lm_head=False) | tensors)
+    layout = find_layout(str(tmp_path))
+    assert (layout.name, len(layout.hidden_layers), layout.num_labels) == (name, len(names) - 1, 1)
+    check_whole_rewards(tmp_path, policy, head)
+    with pytest.raises(CheckpointError, match="several layers, and only linear heads can be trained on"):
+        load_reward_model(str(tmp_path), new_head=NewHead(0))
+    assert load_reward_model(str(tmp_path), new_head=NewHead(0), keeps_head=False).network.score.out_features == 1
+
+
+def test_heads_of_several_layers_that_do_not_fit_are_refused(policy, tmp_path):
+    save_config(policy, tmp_path, "LlamaForCausalLM")
+    tensors, _ = layered_head(["v_head.summary.0", "v_head.summary.2"], 60, HIDDEN, 24, 1)
+    weights = weights_of(policy, with_lm_head=False)
+    save_weights(tmp_path, weights | tensors | {"v_head.summary.2.weight": draw(0, 1, 16)})
+    with pytest.raises(CheckpointError, match=r"'v_head.summary.2.weight' .* \[1, 16\]; the config asks for \[1, 24\]"):
+        find_layout(str(tmp_path))
+    save_weights(tmp_path, weights | tensors | {"v_head.summary.0.weight": draw(0, 24, 8)})
+    with pytest.raises(
+        CheckpointError, match=r"'v_head.summary.0.weight' .* \[24, 8\]; the config asks for \[24, 32\]"
+    ):
+        find_layout(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, lambda score: score),
+        ({"score_type": "reward", "do_normalize": True}, lambda score: (score - 0.5) / 2),
+        ({"score_type": "cost", "do_normalize": True}, lambda score: score / 2),
+        ({"score_type": "critic", "do_normalize": True}, lambda score: score),
+    ],
+)
+def test_score_head_of_safe_rlhf_with_its_normalisation(policy, tmp_path, fields, expected):
+    head = draw(70, 1, HIDDEN)
+    save_config(policy, tmp_path, "LlamaModelForScore", mean=[0.5], var=[4.0], **fields)
+    held = {"score_head.weight": head, "normalizer.mean": torch.tensor([0.5]), "normalizer.var": torch.tensor([4.0])}
+    save_weights(tmp_path, weights_of(policy, with_lm_head=False) | held)
+    assert find_layout(str(tmp_path)).name == "safe_rlhf"
+    check_whole_rewards(tmp_path, policy, lambda state: expected(head @ state))
 
 
 def save_armorm(policy, folder, **changes):

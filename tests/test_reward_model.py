@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rayrm.errors import CheckpointError
 from rayrm.models.creation import CreationConfig, create_model
 from rayrm.models.inputs import padded_batch
-from rayrm.models.reward_model import NewHead, load_padding_tokenizer, load_reward_model
+from rayrm.models.loading import load_padding_tokenizer
+from rayrm.models.reward_model import NewHead, load_reward_model
 from rayrm.models.rewarder import Rendering, load_rewarder
 from rayrm.scoring.reward_model import RewardModelScorer, RewardModelScoring
 
@@ -178,11 +179,11 @@ def test_a_turns_end_pads_where_there_is_nothing_else_and_no_model_says_so(polic
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
-    from rayrm.models.reward_model import pad_id_of
+    from rayrm.models.loading import pad_id_of
 
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "<end>": 1}, "a")), eos_token="<end>")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rayrm.models.reward_model.load_tokenizer", lambda path: words)
+        patch.setattr("rayrm.models.loading.load_tokenizer", lambda path, trust_remote_code: words)
         tokenizer = load_padding_tokenizer("here")
     assert tokenizer.pad_token == "<end>" and pad_id_of(tokenizer) is None and "one row at a time" in caplog.text
     assert pad_id_of(load_padding_tokenizer(policy)) == load_padding_tokenizer(policy).pad_token_id

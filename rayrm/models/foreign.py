@@ -23,10 +23,16 @@ PLAIN_HEAD = "score.weight"
 HEADS = {
     "value_head.weight": "openrlhf",
     "v_head.summary.weight": "trl_value_head",
+    "v_head.summary.0.weight": "grm",
     "regression_head.weight": "ultrarm",
     "regression_layer.weight": "armorm",
+    "score.0.weight": "inf_orm",
+    "score_head.weight": "safe_rlhf",
 }
-"""Layouts by the name of the head's tensor; a `trl_value_head` in a file of its own is `llama_factory`."""
+"""Layouts by the name of the head's tensor, or of its first layer; a `trl_value_head` in a file of its own is
+`llama_factory`."""
+NORMALIZER = ("normalizer.mean", "normalizer.var", "normalizer.count")
+"""Tensors of safe-rlhf's normalisation, whose values its config holds too."""
 MODEL_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -43,7 +49,8 @@ WRAPPERS = {r"^pretrained_model\.": "", r"^model\.(?=model\.|lm_head\.)": ""}
 class ForeignLayout(NamedTuple):
     """What `AutoModelForSequenceClassification` needs beside the folder to be the reward model that it holds.
 
-    The reward is `head @ hidden + head_bias` at the last attended token. Set the config's `num_labels`, load with
+    The reward is `head @ hidden + head_bias` at the last attended token, `hidden` being what `hidden_layers` make of the
+    decoder's state. Set the config's `num_labels`, load with
     `key_mapping` and `output_loading_info`, call `after_loading`, and put `head` into `score.weight`.
     """
 
@@ -52,13 +59,18 @@ class ForeignLayout(NamedTuple):
     key_mapping: dict[str, str]
     """Regular expression → replacement for the names of the decoder's tensors; empty where they need none."""
     head: torch.Tensor
-    """Fp32 [outputs, hidden size]; one output, except for armorm, which has one for each objective."""
+    """Fp32 [outputs, inputs]; one output, except for armorm, which has one for each objective. The inputs are the hidden
+    state, or what the layers before give."""
     head_bias: torch.Tensor | None
     """Fp32 [outputs]."""
     gate: dict[str, torch.Tensor]
     """Tensors of armorm's gate in fp32, by their names in the file; empty elsewhere."""
     gate_temperature: float | None
     """What armorm's gate divides its logits by."""
+    hidden_layers: tuple[tuple[torch.Tensor, torch.Tensor | None], ...] = ()
+    """Weights and constants of the layers before `head`, each followed by ReLU, of grm and inf_orm."""
+    held: frozenset[str] = frozenset()
+    """Names of the tensors of the head and its gate."""
 
     @property
     def num_labels(self) -> int:
@@ -70,9 +82,8 @@ class ForeignLayout(NamedTuple):
 
         `network` forgets `key_mapping` too, which it would otherwise turn round when it is saved.
         """
-        apart = {*HEADS, *(_bias_of(head) for head in HEADS), *self.gate}
         loaded["missing_keys"] = set(loaded["missing_keys"]) - {PLAIN_HEAD}
-        loaded["unexpected_keys"] = set(loaded["unexpected_keys"]) - apart
+        loaded["unexpected_keys"] = set(loaded["unexpected_keys"]) - self.held
         # Transformers' own renaming for the model's type then takes its place.
         network._weight_conversions = None
 
@@ -94,20 +105,56 @@ def find_layout(folder: str) -> ForeignLayout | None:
         raise CheckpointError(f"'{folder}' holds several heads ({', '.join(heads)}); keep the one that gives rewards.")
     if not heads or heads == [PLAIN_HEAD]:
         return None
-    head, bias = heads[0], _bias_of(heads[0])
-    config = _load_config(folder)
-    gate_shapes = _gate_shapes(config) if HEADS[head] == "armorm" else {}
-    outputs = _num_objectives(config) if gate_shapes else 1
-    shapes = {head: (outputs, _hidden_size(config)), **gate_shapes} | ({bias: (outputs,)} if bias in where else {})
-    tensors = _read_tensors(folder, where, shapes)
+    config, name = _load_config(folder), HEADS[heads[0]]
+    gate_shapes = _gate_shapes(config) if name == "armorm" else {}
+    layers = _read_layers(folder, where, heads[0], _hidden_size(config), _num_objectives(config) if gate_shapes else 1)
+    *hidden_layers, (head, head_bias) = layers.values()
+    if name == "safe_rlhf" and getattr(config, "do_normalize", False):
+        head, head_bias = _normalised(config, head, head_bias)
+    gate = _read_tensors(folder, where, gate_shapes)
     return ForeignLayout(
-        name="llama_factory" if where[head].name in VALUE_HEAD_FILES else HEADS[head],
-        key_mapping={old: new for old, new in WRAPPERS.items() if any(re.search(old, name) for name in where)},
-        head=tensors[head],
-        head_bias=tensors.get(bias),
-        gate={name: tensors[name] for name in gate_shapes},
+        name="llama_factory" if where[heads[0]].name in VALUE_HEAD_FILES else name,
+        key_mapping={old: new for old, new in WRAPPERS.items() if any(re.search(old, each) for each in where)},
+        head=head,
+        head_bias=head_bias,
+        gate=gate,
         gate_temperature=float(getattr(config, "gating_temperature", 10)) if gate_shapes else None,
+        hidden_layers=tuple(hidden_layers),
+        held=frozenset({*layers, *map(_bias_of, layers), *gate, *NORMALIZER}),
     )
+
+
+def _read_layers(
+    folder: str, where: Mapping[str, Path], first: str, width: int, outputs: int
+) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+    """Weights and constants of the head's layers from `width` inputs to `outputs`, by the names of the weights."""
+    names = [first]
+    if stem := first.removesuffix("0.weight") if first.endswith(".0.weight") else "":
+        # Numbers between those of two layers are those of their activations.
+        names = sorted((n for n in where if re.fullmatch(rf"{re.escape(stem)}\d+\.weight", n)), key=_number)
+    layers = {}
+    for name in names:
+        height = outputs if name == names[-1] else None
+        weight = _read_tensors(folder, where, {name: (height, width)})[name]
+        bias = _bias_of(name)
+        constant = _read_tensors(folder, where, {bias: (len(weight),)})[bias] if bias in where else None
+        layers[name], width = (weight, constant), len(weight)
+    return layers
+
+
+def _number(layer: str) -> int:
+    return int(layer.split(".")[-2])
+
+
+def _normalised(config: Any, head: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The head whose outputs are those of a safe-rlhf head after its normalisation: a reward in standard deviations
+    from the mean, and a cost in standard deviations from 0."""
+    kind = getattr(config, "score_type", "reward")
+    if kind == "critic":
+        return head, bias
+    mean = torch.as_tensor(config.mean, dtype=torch.float32) if kind == "reward" else torch.zeros(1)
+    std = torch.as_tensor(config.var, dtype=torch.float32).sqrt() + 1e-8
+    return head / std[:, None], ((torch.zeros(1) if bias is None else bias) - mean) / std
 
 
 def _bias_of(head: str) -> str:
@@ -118,7 +165,7 @@ def _load_config(folder: str) -> Any:
     from transformers import AutoConfig
 
     with _reading(Path(folder) / "config.json"):
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def _hidden_size(config: Any) -> int:
@@ -156,20 +203,22 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def _read_tensors(
-    folder: str, where: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]]
+    folder: str, where: Mapping[str, Path], shapes: Mapping[str, tuple[int | None, ...]]
 ) -> dict[str, torch.Tensor]:
-    """The tensors named in `shapes`, in fp32. Raises CheckpointError where one is missing or has another shape."""
+    """The tensors named in `shapes`, in fp32. Raises CheckpointError where one is missing or has another shape.
+
+    None in a shape stands for any size.
+    """
     if missing := [name for name in shapes if name not in where]:
         raise CheckpointError(f"The checkpoint in '{folder}' lacks {', '.join(missing[:3])}.")
     read = {}
     for name, shape in shapes.items():
         with _reading(where[name]), _tensors_of(where[name]) as tensors:
             read[name] = tensors.get_tensor(name).to(torch.float32, copy=True)
-        if read[name].shape != shape:
-            raise CheckpointError(
-                f"The tensor '{name}' in '{folder}' has shape {list(read[name].shape)}; the config asks for "
-                f"{list(shape)}."
-            )
+        found = list(read[name].shape)
+        wanted = [size if size is not None or len(found) != len(shape) else found[i] for i, size in enumerate(shape)]
+        if found != wanted:
+            raise CheckpointError(f"The tensor '{name}' in '{folder}' has shape {found}; the config asks for {wanted}.")
     return read
 
 

@@ -23,13 +23,16 @@ def pad_right(rows: Sequence[Any], pad_id: int, device: Any) -> tuple[torch.Tens
 
 
 def padded_batch(
-    rows: Sequence[Any], reads: Sequence[Sequence[int]], pad_id: int, device: Any
+    rows: Sequence[Any], reads: Sequence[Sequence[int]], pad_id: int, device: Any, masked: Sequence[int] = ()
 ) -> dict[str, torch.Tensor]:
     """What `RewardModel.forward` takes for rows of ids, padded on the right, to be read at `reads` of each row.
 
-    `reads` [rows, most reads of a row] points to the first token where a row has fewer.
+    `reads` [rows, most reads of a row] points to the first token where a row has fewer. `masked` tells how many of the
+    first tokens of each row no token attends to; they count as positions.
     """
     ids, mask = pad_right(rows, pad_id, device)
+    for index, num in enumerate(masked):
+        mask[index, :num] = 0
     most = max(len(positions) for positions in reads)
     flat = [
         [index * ids.shape[1] + position for position in positions] + [0] * (most - len(positions))

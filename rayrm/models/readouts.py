@@ -6,7 +6,6 @@ A checkpoint's mark holds its readout, so that scoring and serving read it as tr
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -33,6 +32,8 @@ class Encoded(NamedTuple):
     """Positions in `ids`."""
     status: str
     """`ok`, `truncated`, `overlength` or `empty`."""
+    num_masked: int = 0
+    """How many of the first ids no other attends to."""
 
 
 class _Decoder(Config):
@@ -54,7 +55,8 @@ class _Decoder(Config):
         if not completion.strip():
             return Encoded([], [], "empty")
         rendered = renderer.pair_ids(prompt, completion)
-        return Encoded(rendered.ids, [len(rendered.ids) - 1], rendered.status)
+        masked = renderer.num_masked(rendered.ids)
+        return Encoded(rendered.ids, [len(rendered.ids) - 1], rendered.status, masked)
 
 
 class LastToken(_Decoder):
@@ -62,6 +64,32 @@ class LastToken(_Decoder):
 
     type: Literal["last_token"] = "last_token"
     """Tag of the readout."""
+
+    def reward(self, outputs: Outputs) -> float:
+        """The reward of a completion."""
+        return outputs[0][0]
+
+
+class Whole(_Decoder):
+    """The one number that a model with code of its own gives for a conversation."""
+
+    type: Literal["whole"] = "whole"
+    """Tag of the readout."""
+    last_token: int | None = None
+    """Token at which the model wants to be read, put behind a conversation that does not end with it."""
+
+    def load(self, path: str, tokenizer: Any, *, new_head: NewHead | None = None, **settings: Any) -> Any:
+        """`load_whole_model`; there is no head to draw."""
+        from rayrm.models.whole import load_whole_model
+
+        return load_whole_model(path, **settings)
+
+    def encode(self, renderer: Renderer, prompt: Sequence[Message], completion: str) -> Encoded:
+        """A prompt with a completion, read where the model's own code does."""
+        found = super().encode(renderer, prompt, completion)
+        if not found.ids or self.last_token in (None, found.ids[-1]):
+            return found
+        return found._replace(ids=[*found.ids, self.last_token], reads=[len(found.ids)])
 
     def reward(self, outputs: Outputs) -> float:
         """The reward of a completion."""
@@ -127,7 +155,7 @@ class Steps(_Decoder):
         for part in parts:
             position += len(part)
             reads.append(position)
-        return Encoded(rendered.ids, reads, rendered.status)
+        return Encoded(rendered.ids, reads, rendered.status, renderer.num_masked(rendered.ids))
 
     def reward(self, outputs: Outputs) -> float:
         """The reward of a completion."""
@@ -162,7 +190,8 @@ class Gated(_Decoder):
             return Encoded([], [], "empty")
         rendered = renderer.pair_ids(prompt, completion)
         end = max(0, rendered.num_prompt - 1 - renderer.header_length(prompt))
-        return Encoded(rendered.ids, [end, len(rendered.ids) - 1], rendered.status)
+        masked = renderer.num_masked(rendered.ids)
+        return Encoded(rendered.ids, [end, len(rendered.ids) - 1], rendered.status, masked)
 
     def ratings(self, outputs: Outputs) -> dict[str, float]:
         """The score of each objective by its name."""
@@ -218,7 +247,7 @@ class Comparison(Config):
         ids = renderer.prompt_ids([{"role": "user", "content": question}])
         if renderer.max_length is not None and len(ids) > renderer.max_length:
             return Encoded([], [], "overlength")
-        return Encoded(ids, [len(ids) - 1], "ok")
+        return Encoded(ids, [len(ids) - 1], "ok", renderer.num_masked(ids))
 
     def gap(self, forward: Outputs, backward: Outputs) -> float:
         """log p − log(1 − p), where p is the mean, over both orders, of the first completion's share of the words."""
@@ -255,37 +284,7 @@ def sigmoid(value: float) -> float:
     return (1 + math.tanh(value / 2)) / 2
 
 
-ARMORM_OBJECTIVES = (
-    *(f"helpsteer-{name}" for name in ("helpfulness", "correctness", "coherence", "complexity", "verbosity")),
-    *(
-        f"ultrafeedback-{name}"
-        for name in ("overall_score", "instruction_following", "truthfulness", "honesty", "helpfulness")
-    ),
-    "beavertails-is_safe",
-    "prometheus-score",
-    "argilla-overall_quality",
-    "argilla-judge_lm",
-    *(f"code-{name}" for name in ("complexity", "style", "explanation", "instruction-following", "readability")),
-)
-"""Objectives of the released ArmoRM, whose files do not name them (arXiv 2406.12845)."""
-
-
-def find_readout(folder: str) -> Readout:
-    """How the model in the local `folder` is read, where no mark says it: by its gate if it has one, else at the last
-    token."""
-    from rayrm.models.foreign import find_layout
-    from rayrm.models.gating import GATE_FILE, load_gate
-
-    layout = find_layout(folder)
-    if layout is not None and layout.gate_temperature is not None:
-        names = ARMORM_OBJECTIVES if layout.num_labels == len(ARMORM_OBJECTIVES) else range(layout.num_labels)
-        return Gated(names=tuple(str(name) for name in names))
-    if os.path.exists(os.path.join(folder, GATE_FILE)):
-        return Gated(names=load_gate(folder).objectives)
-    return LastToken()
-
-
-Readout = LastToken | Ratings | Steps | Gated | Comparison
+Readout = LastToken | Whole | Ratings | Steps | Gated | Comparison
 """How any reward model is read, told apart by `type`."""
 _ADAPTER: TypeAdapter[Readout] = TypeAdapter(Annotated[Readout, Field(discriminator="type")])
 

@@ -4,6 +4,8 @@ With a chat template, a prompt is the template with its generation header, and a
 that ends the assistant's turn; white space that a template writes behind it is cut, so the last token is always the
 same. With `chat_template: none`, the contents are joined by line feeds, one space stands before the completion, and
 the tokenizer's end-of-sequence token behind it.
+
+That is how models are trained here. Those of other trainers have read texts in other ways, which Rules tells.
 """
 
 from __future__ import annotations
@@ -13,13 +15,29 @@ import hashlib
 import json
 from collections.abc import Sequence
 from importlib import resources
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rayrm.errors import CheckpointError, ConfigError
 from rayrm.rows import Message
 
 NO_TEMPLATE = "none"
+Truncation = Literal["prompt_left", "left", "right", "none"]
+BosRule = Literal["one", "masked", "doubled"]
+
+
+class Rules(NamedTuple):
+    """How conversations are cut and how they begin."""
+
+    truncation: Truncation = "prompt_left"
+    """Where a conversation over `max_length` is cut. prompt_left cuts the prompt's left and keeps the completion whole;
+    prompt and completion are tokenized apart. left, right and none take the conversation as one text, with what the
+    template and the tokenizer write behind it, as transformers' own pipelines do: left and right cut it at that side,
+    and with none it is `overlength`."""
+    bos: BosRule = "one"
+    """What becomes of a second BOS, where the tokenizer puts one before a text whose template has written one: one
+    leaves it out, doubled keeps both, and masked keeps both and hides the first from the model's attention."""
 
 
 class Rendered(NamedTuple):
@@ -35,8 +53,8 @@ class Rendered(NamedTuple):
 def load_template(name: str | None, tokenizer: Any, where: str) -> str | None:
     """The Jinja text of a chat template; None for `none`.
 
-    `name` is a template of this package, a `.jinja` file, `none`, or null for the tokenizer's own. Raises ConfigError
-    for a name that is nowhere, and CheckpointError when the tokenizer at `where` has no template of its own.
+    `name` is a template of this package (case, - and _ make no difference), a `.jinja` file, `none`, or null for the
+    tokenizer's own. Raises ConfigError for a name that is nowhere, and CheckpointError when the tokenizer at `where` has no template of its own.
     """
     if name == NO_TEMPLATE:
         return None
@@ -46,7 +64,7 @@ def load_template(name: str | None, tokenizer: Any, where: str) -> str | None:
                 f"The tokenizer at '{where}' has no chat template; set chat_template to a name, a .jinja file, or 'none'."
             )
         return str(tokenizer.chat_template)
-    packaged = resources.files("rayrm") / "templates" / f"{name}.jinja"
+    packaged = resources.files("rayrm") / "templates" / f"{name.lower().replace('_', '-')}.jinja"
     if packaged.is_file():
         return packaged.read_text(encoding="utf-8")
     if name.endswith(".jinja") and Path(name).is_file():
@@ -61,12 +79,16 @@ class Renderer:
     `max_length` bounds prompt and completion together, in tokens; None for no bound.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None, max_length: int | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, template: str | None, max_length: int | None = None, rules: Rules | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self.max_length = max_length
+        self.rules = rules or Rules()
         self.tools: Any = None
-        self.bos = tokenizer.bos_token_id if _adds_bos(tokenizer) else None
+        self.added = _added(tokenizer)
+        self.bos = tokenizer.bos_token_id if self.added[0][:1] == [tokenizer.bos_token_id] else None
 
     def with_tools(self, tools: str | None) -> Renderer:
         """This renderer with tool schemas, a JSON list, for the template to show; itself without any.
@@ -125,26 +147,37 @@ class Renderer:
         return str(whole[len(head) :]).rstrip()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of rendered text, with exactly one BOS where the tokenizer has one."""
+        """Token ids of rendered text, with exactly one BOS where the tokenizer has one and the rules say so."""
         return self.encode_all([text])[0]
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for many texts in one call of the tokenizer."""
         rows = [list(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
-        if self.bos is not None:
-            # A template may write one, or, with one in the text that it is given, two.
-            rows = [[self.bos, *ids[_leading(ids, self.bos) :]] for ids in rows]
-        return rows
+        return rows if self.bos is None else [[self.bos, *self._without_bos(ids)] for ids in rows]
+
+    def _without_bos(self, ids: list[int]) -> list[int]:
+        """Ids of a text without the BOS that stand before the tokenizer's own, unless the rules keep them."""
+        if self.bos is None or self.rules.bos != "one":
+            return ids
+        # A template may write one, or, with one in the text that it is given, two.
+        return ids[_leading(ids, self.bos) :]
+
+    def num_masked(self, ids: list[int]) -> int:
+        """How many of the first ids the model does not attend to."""
+        bos = self.tokenizer.bos_token_id
+        return int(self.rules.bos == "masked" and bos is not None and ids[:2] == [bos, bos])
 
     def prompt_ids(self, prompt: Sequence[Message]) -> list[int]:
         """Token ids that a policy continues."""
         return self.encode(self.prompt_text(prompt))
 
     def pair_ids(self, prompt: Sequence[Message], completion: str) -> Rendered:
-        """Token ids of a prompt with a completion; prompt and completion are tokenized apart.
+        """Token ids of a prompt with a completion, within `max_length`.
 
-        The prompt's ids are the same for every completion, so that candidates can share them.
+        With `prompt_left`, the prompt's ids are the same for every completion, so that candidates can share them.
         """
+        if self.rules.truncation != "prompt_left":
+            return self._whole_ids(prompt, completion)
         head = self.prompt_ids(prompt)
         tail = self.tokenizer(self.completion_text(prompt, completion), add_special_tokens=False)["input_ids"]
         return self.join_ids(head, list(tail))
@@ -154,22 +187,49 @@ class Renderer:
         excess = len(head) + len(tail) - self.max_length if self.max_length is not None else 0
         if excess <= 0:
             return Rendered(head + tail, len(head), "ok")
-        first = 1 if head and head[0] == self.tokenizer.bos_token_id else 0
+        first = min(_leading(head, self.tokenizer.bos_token_id), 1 if self.rules.bos == "one" else 2)
         if excess > len(head) - first:
             return Rendered([], 0, "overlength")
         head = head[:first] + head[first + excess :]
         return Rendered(head + tail, len(head), "truncated")
 
+    def _whole_ids(self, prompt: Sequence[Message], completion: str) -> Rendered:
+        if self.template is None:
+            text = self.prompt_text(prompt) + self.completion_text(prompt, completion)
+        else:
+            text = self.turn_text([*prompt, {"role": "assistant", "content": completion}])
+        texts = [text, self.prompt_text(prompt)]
+        whole, head = map(self._without_bos, self.tokenizer(texts, add_special_tokens=False)["input_ids"])
+        before, behind = self.added
+        eos = self.tokenizer.eos_token_id
+        if self.tokenizer.chat_template is None and eos is not None and eos not in (*behind, *whole[-1:]):
+            # RewardBench makes tokenizers that know no turns add one.
+            behind = [eos]
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(head, whole, strict=False))
+        num_prompt = len(before) + len(list(alike))
+        length = len(before) + len(whole) + len(behind)
+        excess = 0 if self.max_length is None else max(0, length - self.max_length)
+        if excess and self.rules.truncation == "none":
+            return Rendered([], 0, "overlength")
+        is_left = self.rules.truncation == "left"
+        whole = whole[excess:] if is_left else whole[: len(whole) - excess]
+        ids = [*before, *whole, *behind]
+        num_prompt = max(len(before), num_prompt - excess) if is_left else min(num_prompt, len(ids))
+        return Rendered(ids, num_prompt, "truncated" if excess else "ok")
+
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for two renderers to read the same reward from the same text."""
         template = hashlib.blake2b((self.template or NO_TEMPLATE).encode(), digest_size=8).hexdigest()
+        # Marks from before there were rules hold no word on BOS.
+        bos = {} if self.rules.bos == "one" else {"bos": self.rules.bos}
         return {
+            **bos,
             "template": template,
             "bos_token_id": self.bos,
             "eos_token_id": self.tokenizer.eos_token_id,
             "pad_token_id": self.tokenizer.pad_token_id,
             "max_length": self.max_length,
-            "truncation": "prompt_left",
+            "truncation": self.rules.truncation,
             "pooling": "last_attended",
         }
 
@@ -190,6 +250,9 @@ def _leading(ids: Sequence[int], token: int) -> int:
     return next((index for index, found in enumerate(ids) if found != token), len(ids))
 
 
-def _adds_bos(tokenizer: Any) -> bool:
-    ids = tokenizer("a")["input_ids"]
-    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
+def _added(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Ids that the tokenizer puts before and behind a text."""
+    bare, whole = tokenizer("a", add_special_tokens=False)["input_ids"], list(tokenizer("a")["input_ids"])
+    starts = range(len(whole) - len(bare) + 1)
+    first = next((i for i in starts if whole[i : i + len(bare)] == list(bare)), 0)
+    return whole[:first], whole[first + len(bare) :]

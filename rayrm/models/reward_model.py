@@ -9,8 +9,7 @@ verdict.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,23 +17,10 @@ import torch
 from torch import nn
 
 from rayrm.errors import CheckpointError
-from rayrm.models.folders import load_tokenizer, local_folder, local_model
+from rayrm.models.folders import local_folder
 from rayrm.models.foreign import find_layout
 from rayrm.models.gating import GatedHead, load_gate
-
-log = logging.getLogger("rayrm")
-HEAD = "score"
-"""Name of the head in the decoders of transformers; its only tensor is `score.weight` [outputs, hidden size]."""
-PAD_TOKENS = (
-    "<|finetune_right_pad_id|>",
-    "<|reserved_special_token_0|>",
-    "<|fim_pad|>",
-    "<|vision_pad|>",
-    "<pad>",
-    "[PAD]",
-    "<unk>",
-)
-"""Tokens that serve as padding, best first, where a tokenizer has no pad token of its own."""
+from rayrm.models.loading import HEAD, Loading, check_loaded, load_network
 
 
 class RewardHead(nn.Linear):
@@ -48,6 +34,26 @@ class RewardHead(nn.Linear):
         with torch.autocast(input.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.float()
             return nn.functional.linear(input.float(), self.weight.float(), bias)
+
+
+class LayeredHead(nn.Module):
+    """Linear layers with ReLU between them, in fp32; each is its weights [outputs, inputs] and its constant or None."""
+
+    def __init__(self, layers: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for weight, bias in layers:
+            layer = RewardHead(weight.shape[1], len(weight), bias=False, device="meta")
+            layer.weight = nn.Parameter(weight)
+            if bias is not None:
+                layer.bias = nn.Parameter(bias)
+            self.layers.append(layer)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[…, hidden size] in any precision → […, outputs] in fp32."""
+        for index, layer in enumerate(self.layers):
+            input = layer(input.relu() if index else input)
+        return input
 
 
 class NewHead(NamedTuple):
@@ -142,27 +148,24 @@ def _label_logits(network: Any, hidden: torch.Tensor) -> torch.Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def load_reward_model(  # noqa: PLR0913
-    path: str,
-    *,
-    num_outputs: int = 1,
-    new_head: NewHead | None = None,
-    keeps_head: bool = True,
-    dtype: torch.dtype = torch.float32,
-    attn_implementation: str | None = None,
-    load_in_4bit: bool = False,
+def load_reward_model(
+    path: str, *, num_outputs: int = 1, new_head: NewHead | None = None, keeps_head: bool = True, **how: Any
 ) -> RewardModel:
     """The reward model at `path`, a local folder or a hub id, in evaluation mode and without dropout.
 
     The head may be transformers' own or that of another trainer, see `find_layout`. With `new_head`, which is for
-    training, a checkpoint without a head (a causal language model) gets that one, and a head's constant, which plain transformers has no place for, is left out; without `keeps_head` any head is
-    replaced by a new one. `load_in_4bit` holds all linear layers but the head in bitsandbytes' NF4. Raises CheckpointError when nothing
-    loads, when weights are missing or of another shape, when a head is missing and there is no `new_head`, and when a
-    head has a name that nobody uses or another number of outputs.
+    training, a checkpoint without a head (a causal language model) gets that one, and a head's constant, which plain
+    transformers has no place for, is left out; without `keeps_head` any head is replaced by a new one. `how` are the
+    fields of Loading. Raises CheckpointError when nothing loads, when weights are missing or of another shape, when a
+    head is missing and there is no `new_head`, when a head of several layers is to be trained, and when a head has a
+    name that nobody uses or another number of outputs.
     """
     from transformers import AutoModelForSequenceClassification
 
+    loading = Loading(**how)
     layout = find_layout(local_folder(path))
+    if layout and layout.hidden_layers and keeps_head and new_head is not None:
+        raise CheckpointError(f"The head at '{path}' has several layers, and only linear heads can be trained on.")
 
     def prepare(config: Any) -> None:
         is_classifier = any("SequenceClassification" in name for name in config.architectures or [])
@@ -173,11 +176,11 @@ def load_reward_model(  # noqa: PLR0913
             )
         config.num_labels, config.problem_type = num_outputs, "regression"
 
-    settings = _settings(dtype, attn_implementation, load_in_4bit)
+    settings = loading.settings()
     settings["ignore_mismatched_sizes"] = not keeps_head
     if layout:
         settings["key_mapping"] = layout.key_mapping
-    network, loaded = _load(path, AutoModelForSequenceClassification, prepare, settings)
+    network, loaded = load_network(path, AutoModelForSequenceClassification, settings, prepare)
     head = getattr(network, HEAD, None)
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise CheckpointError(f"{type(network).__name__} at '{path}' is no decoder with a linear head '{HEAD}'.")
@@ -186,15 +189,17 @@ def load_reward_model(  # noqa: PLR0913
     if not keeps_head:
         loaded["mismatched_keys"] = {key for key in loaded["mismatched_keys"] if key[0] != f"{HEAD}.weight"}
         loaded["missing_keys"] = {*loaded["missing_keys"], f"{HEAD}.weight"}
-    _check_loaded(path, loaded, may_lack_head=new_head is not None)
+    check_loaded(path, loaded, may_lack_head=new_head is not None)
     setattr(network, HEAD, _as_reward_head(head))
-    if layout and keeps_head:
+    if layout and layout.hidden_layers and keeps_head:
+        setattr(network, HEAD, LayeredHead([*layout.hidden_layers, (layout.head, layout.head_bias)]))
+    elif layout and keeps_head:
         set_head(network, layout.head)
         if layout.head_bias is not None and new_head is None:
             getattr(network, HEAD).bias = nn.Parameter(layout.head_bias)
     elif loaded["missing_keys"] and new_head is not None:
         set_head(network, new_head.draw(network))
-    elif dtype != torch.float32 and new_head is None:
+    elif loading.dtype != torch.float32 and new_head is None:
         # The network's precision has rounded it.
         stored = _stored_head(local_folder(path))
         if stored is not None:
@@ -213,24 +218,10 @@ def _stored_head(folder: str) -> torch.Tensor | None:
     return None
 
 
-def outline_network(path: str, is_language_model: bool) -> Any:
-    """The network at `path` without its weights, on no device. Raises CheckpointError when transformers knows none."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    model_class: Any = AutoModelForCausalLM if is_language_model else AutoModelForSequenceClassification
-    try:
-        config = AutoConfig.from_pretrained(local_model(path))
-        with torch.device("meta"):
-            return model_class.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
-        raise CheckpointError(f"'{path}' does not load as a reward model: {reason}.") from error
-
-
 def load_gated_model(path: str, objectives: Sequence[str], **settings: Any) -> RewardModel:
     """The reward model at `path` with its gate, as training here or ArmoRM's saves them, in evaluation mode.
 
-    `settings` are those of `load_reward_model`. Raises CheckpointError as it does, and when there is no gate.
+    `settings` are the fields of Loading. Raises CheckpointError as `load_reward_model` does, and when there is no gate.
     """
     folder = local_folder(path)
     layout = find_layout(folder)
@@ -243,91 +234,16 @@ def load_gated_model(path: str, objectives: Sequence[str], **settings: Any) -> R
     return model
 
 
-def load_comparing_model(
-    path: str,
-    labels: tuple[int, int],
-    *,
-    dtype: torch.dtype = torch.float32,
-    attn_implementation: str | None = None,
-    load_in_4bit: bool = False,
-) -> RewardModel:
+def load_comparing_model(path: str, labels: tuple[int, int], **how: Any) -> RewardModel:
     """The causal language model at `path`, read at the log-probabilities of the tokens `labels`.
 
-    Raises CheckpointError when nothing loads or weights are missing.
+    `how` are the fields of Loading. Raises CheckpointError when nothing loads or weights are missing.
     """
     from transformers import AutoModelForCausalLM
 
-    settings = _settings(dtype, attn_implementation, load_in_4bit)
-    network, loaded = _load(path, AutoModelForCausalLM, lambda config: None, settings)
-    _check_loaded(path, loaded, may_lack_head=False)
+    network, loaded = load_network(path, AutoModelForCausalLM, Loading(**how).settings())
+    check_loaded(path, loaded, may_lack_head=False)
     return RewardModel(network, labels).eval()
-
-
-def _settings(dtype: torch.dtype, attn_implementation: str | None, load_in_4bit: bool) -> dict[str, Any]:
-    settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
-    if load_in_4bit:
-        from transformers import BitsAndBytesConfig
-
-        settings["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=[HEAD, "lm_head"],
-        )
-        if torch.cuda.is_available():
-            settings["device_map"] = {"": torch.cuda.current_device()}
-    return settings
-
-
-def _load(
-    path: str, model_class: Any, prepare: Callable[[Any], None], settings: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    from transformers import AutoConfig
-    from transformers.utils import logging
-
-    # What they would print is found and said by `_check_loaded`.
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        folder = local_folder(path)
-        config = AutoConfig.from_pretrained(folder)
-        prepare(config)
-        _turn_off_dropout(config)
-        network, loaded = model_class.from_pretrained(folder, config=config, output_loading_info=True, **settings)
-        for module in network.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                # Without a gradient, bitsandbytes would round the scales of a CPU's weights to bf16 for good.
-                module.support_avx512bf16_for_cpu = False
-    except CheckpointError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
-        raise CheckpointError(f"'{path}' does not load as a reward model: {reason}.") from error
-    return network, loaded
-
-
-def _turn_off_dropout(config: Any) -> None:
-    for name, value in vars(config).items():
-        if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
-            setattr(config, name, 0.0)
-
-
-def _check_loaded(path: str, loaded: dict[str, Any], may_lack_head: bool) -> None:
-    missing = sorted(str(name) for name in loaded["missing_keys"])
-    foreign = sorted(str(name) for name in loaded["unexpected_keys"] if "lm_head" not in str(name))
-    if missing == [f"{HEAD}.weight"]:
-        if may_lack_head and not foreign:
-            return
-        named = f" (it holds {', '.join(foreign[:3])}, which is none)" if foreign else ""
-        raise CheckpointError(
-            f"The checkpoint at '{path}' has no reward head '{HEAD}.weight'{named}; train a reward model first."
-        )
-    faults = [f"lacks {', '.join(missing[:3])}"] if missing else []
-    faults += [f"holds {', '.join(foreign[:3])}"] if foreign else []
-    faults += [f"has other shapes in {loaded['mismatched_keys']}"] if loaded["mismatched_keys"] else []
-    if faults:
-        raise CheckpointError(f"The weights at '{path}' are not those of its config: the file {'; '.join(faults)}.")
 
 
 def _as_reward_head(linear: nn.Linear) -> RewardHead:
@@ -346,35 +262,3 @@ def set_head(network: Any, values: torch.Tensor) -> None:
 
     with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
         weight.data.copy_(values)
-
-
-def load_padding_tokenizer(path: str) -> Any:
-    """The tokenizer at `path`, padding on the right, with a token that never ends a conversation where it has one.
-
-    With the end token as padding, which is the last choice, rewards are still read by the attention mask; `pad_id_of`
-    keeps that token out of the model's config. Raises CheckpointError when nothing loads.
-    """
-    tokenizer = load_tokenizer(path)
-    tokenizer.padding_side = tokenizer.truncation_side = "right"
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        known = tokenizer.get_vocab()
-        choices = [t for t in (*PAD_TOKENS, tokenizer.unk_token, tokenizer.bos_token) if t in known]
-        choices = [token for token in choices if known[token] != tokenizer.eos_token_id]
-        tokenizer.pad_token = choices[0] if choices else tokenizer.eos_token
-    return tokenizer
-
-
-def pad_id_of(tokenizer: Any) -> int | None:
-    """The pad id for the config of a model that others will load; None where padding is the token that ends a turn.
-
-    Plain transformers looks for the last token that is no padding. Without a pad id it refuses batches; with the end
-    token's it would read rewards one token early.
-    """
-    if tokenizer.pad_token_id != tokenizer.eos_token_id:
-        return int(tokenizer.pad_token_id)
-    log.warning(
-        "The tokenizer has no token for padding but '%s', which ends a turn: the saved model names no pad token, and "
-        "plain transformers will take one row at a time; give the tokenizer a pad_token for batches.",
-        tokenizer.eos_token,
-    )
-    return None

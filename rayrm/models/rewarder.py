@@ -15,10 +15,12 @@ from rayrm.errors import CheckpointError, ConfigError
 from rayrm.models.cpu import keep_freed_memory, use_onednn
 from rayrm.models.folders import local_folder, read_mark
 from rayrm.models.inputs import packed_batch, padded_batch
+from rayrm.models.kinds import find_readout
+from rayrm.models.loading import load_padding_tokenizer
+from rayrm.models.own_code import check_own_code
 from rayrm.models.packing import common_length, make_packable
-from rayrm.models.readouts import Comparison, Encoded, Gated, Readout, find_readout, parse_readout
-from rayrm.models.rendering import Renderer, load_template
-from rayrm.models.reward_model import RewardModel, load_padding_tokenizer
+from rayrm.models.readouts import Comparison, Encoded, Gated, Readout, Steps, Whole, parse_readout
+from rayrm.models.rendering import BosRule, Renderer, Rules, Truncation, load_template
 from rayrm.rows import Message
 
 log = logging.getLogger("rayrm")
@@ -46,25 +48,34 @@ class Rendering(NamedTuple):
     """Name or path of a template, `none`, or null for the tokenizer's own."""
     max_length: int | None = None
     """Most tokens of a prompt with its completion."""
+    truncation: Truncation = "prompt_left"
+    """Where a conversation that is too long is cut; see Rules."""
+    bos: BosRule = "one"
+    """What becomes of a second BOS; see Rules."""
 
     def renderer(self, tokenizer: Any, where: str) -> Renderer:
         """The one renderer that training and scoring share."""
-        return Renderer(tokenizer, load_template(self.chat_template, tokenizer, where), self.max_length)
+        template = load_template(self.chat_template, tokenizer, where)
+        return Renderer(tokenizer, template, self.max_length, Rules(self.truncation, self.bos))
 
 
 class Rewarder:
     """A loaded reward model of any kind."""
 
-    def __init__(self, model: RewardModel, renderer: Renderer, readout: Readout) -> None:
+    def __init__(self, model: Any, renderer: Renderer, readout: Readout, is_cost: bool = False) -> None:
         self.model = model
         self.renderer = renderer
         self.readout = readout
+        self.sign = -1 if is_cost else 1
+        """What the model's numbers are multiplied with to be rewards."""
         self.is_packed = False
         """Whether `read_trees` packs rows and computes what they share once."""
 
     def pack(self) -> None:
         """Pack rows from now on, where the model can."""
         try:
+            if isinstance(self.readout, Whole) or self.renderer.rules.bos == "masked":
+                raise ConfigError("Packed rows are for plain decoders that attend to all tokens before.")
             make_packable(self.model.network)
             self.is_packed = True
             # A model that cannot, and does not look like it, tells so in its first pass.
@@ -88,7 +99,7 @@ class Rewarder:
             raise CheckpointError("This model compares two completions and gives a single one no reward; compare them.")
         encoded = [_encode(readout, self.renderer, Pair(*pair)) for pair in pairs]
         return [
-            (None, row.status) if found is None else _finite(readout.reward(found), row.status)
+            (None, row.status) if found is None else _finite(self.sign * readout.reward(found), row.status)
             for row, found in zip(encoded, self.read(encoded, token_budget), strict=True)
         ]
 
@@ -110,7 +121,7 @@ class Rewarder:
             if first is None or second is None:
                 found.append((None, encoded[index].status))
             else:
-                found.append(_finite(readout.gap(first, second), encoded[index].status))
+                found.append(_finite(self.sign * readout.gap(first, second), encoded[index].status))
         return found
 
     def read(self, encoded: Sequence[Encoded], token_budget: int = 16384) -> list[Outputs | None]:
@@ -148,7 +159,8 @@ class Rewarder:
     def _read(self, rows: Sequence[Encoded]) -> list[Outputs]:
         device = next(self.model.parameters()).device
         pad_id = self.renderer.tokenizer.pad_token_id
-        outputs, _ = self.model(**padded_batch([row.ids for row in rows], [row.reads for row in rows], pad_id, device))
+        ids, reads = [row.ids for row in rows], [row.reads for row in rows]
+        outputs, _ = self.model(**padded_batch(ids, reads, pad_id, device, [row.num_masked for row in rows]))
         found: list[Outputs] = outputs.tolist()
         return found
 
@@ -168,44 +180,66 @@ def _finite(reward: float, status: str) -> Reward:
     return (reward, status) if abs(reward) < float("inf") else (None, "nan")
 
 
-def load_rewarder(
+def load_rewarder(  # noqa: PLR0913
     path: str,
     rendering: Rendering | None = None,
     device: str | None = None,
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
     readout: Readout | None = None,
+    *,
+    is_cost: bool = False,
+    **how: Any,
 ) -> Rewarder:
     """The reward model at `path`, ready to reward texts.
 
     A checkpoint with a completion mark is rendered and read as it was trained; `rendering` may repeat that, and serves
-    the checkpoints that have no mark, as does `readout` (null: by its gate or at the last token). `device` is the GPU when there is one; `dtype` is bf16 on a GPU and fp32 on a
-    CPU. Raises CheckpointError as `load_reward_model` does, and when `rendering` is not the checkpoint's own.
+    the checkpoints that have no mark, as do `readout` (null: by its own code where that may run, by its gate, or at the
+    last token) and `is_cost`, for a model whose numbers are lower for better completions. `device` is the GPU when there
+    is one; `dtype` is bf16 on a GPU and fp32 on a CPU; `how` are further fields of Loading. Raises CheckpointError as
+    `load_reward_model` does, when `rendering` is not the checkpoint's own, and when a model needs code of its own that
+    may not run; ConfigError for rules on truncation that the readout has no use for.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     rendering = rendering or Rendering()
     mark = read_mark(path)
     stored = mark.get("rendering")
-    readout = parse_readout(mark["readout"]) if "readout" in mark else readout or find_readout(local_folder(path))
-    tokenizer = load_padding_tokenizer(path)
-    model = readout.load(path, tokenizer, dtype=dtype, attn_implementation=attn_implementation)
+    trust_remote_code = how.get("trust_remote_code", False)
+    if stored is None:
+        check_own_code(path, trust_remote_code)
+    elif is_cost:
+        raise CheckpointError(f"'{path}' was trained here and gives rewards, not costs; set negate=false.")
+    if "readout" in mark:
+        readout = parse_readout(mark["readout"])
+    readout = readout or find_readout(local_folder(path), trust_remote_code)
+    if isinstance(readout, Steps | Comparison) and rendering.truncation != "prompt_left":
+        raise ConfigError(
+            f"truncation is '{rendering.truncation}', and '{path}' is not read at the end of a whole conversation; set "
+            "truncation=prompt_left."
+        )
+    tokenizer = load_padding_tokenizer(path, trust_remote_code)
+    model = readout.load(path, tokenizer, dtype=dtype, attn_implementation=attn_implementation, **how)
     if stored is not None:
-        own = (rendering.chat_template or stored["chat_template"], rendering.max_length or stored["max_length"])
-        rendering = Rendering(*own)
+        rendering = rendering._replace(
+            chat_template=rendering.chat_template or stored["chat_template"],
+            max_length=rendering.max_length or stored["max_length"],
+        )
     if rendering.max_length is None:
         rendering = rendering._replace(max_length=getattr(model.network.config, "max_position_embeddings", None))
     renderer = rendering.renderer(tokenizer, path)
     if stored is None:
-        renderer.check()
+        if rendering.truncation == "prompt_left":
+            renderer.check()
         log.warning("'%s' does not say how its texts were rendered; rendering them with %s", path, rendering)
     else:
         check_rendering(path, stored["fingerprint"], renderer.fingerprint())
     model = model.to(device)
     if device == "cpu":
-        use_onednn(model.network.base_model)
+        if not isinstance(readout, Whole):
+            use_onednn(model.network.base_model)
         keep_freed_memory()
-    return Rewarder(model, renderer, readout)
+    return Rewarder(model, renderer, readout, is_cost)
 
 
 def check_rendering(path: str, stored: dict[str, Any], found: dict[str, Any]) -> None:

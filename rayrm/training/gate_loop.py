@@ -21,7 +21,8 @@ from transformers import AutoModelForSequenceClassification
 from rayrm import files
 from rayrm.models.gating import GatedHead, save_gate
 from rayrm.models.inputs import padded_batch
-from rayrm.models.reward_model import NewHead, RewardModel, load_reward_model, pad_id_of, set_head
+from rayrm.models.loading import pad_id_of
+from rayrm.models.reward_model import NewHead, RewardModel, load_reward_model, set_head
 from rayrm.training.batches import micro_batches
 from rayrm.training.checkpoints import export_model
 from rayrm.training.curves import write_curves

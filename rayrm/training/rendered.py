@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from rayrm import cluster, files
 from rayrm.errors import CheckpointError, ConfigError, SchemaError
+from rayrm.models.loading import load_padding_tokenizer
 from rayrm.models.readouts import Comparison, check_header
-from rayrm.models.reward_model import load_padding_tokenizer
 from rayrm.models.rewarder import Rendering
 from rayrm.shards import Shard, list_shards, read_shard
 from rayrm.sources.validation import is_in_order

@@ -19,9 +19,10 @@ import torch.distributed as dist
 
 from rayrm.errors import CheckpointError, ConfigError
 from rayrm.models.inputs import packed_batch, padded_batch
+from rayrm.models.loading import pad_id_of
 from rayrm.models.packing import make_packable
 from rayrm.models.readouts import Readout, parse_readout
-from rayrm.models.reward_model import Penalties, num_experts, pad_id_of
+from rayrm.models.reward_model import Penalties, num_experts
 from rayrm.training.batches import batch_of_step, micro_batches, steps_per_epoch
 from rayrm.training.best import find_best, keep_best, read_merit, read_weights
 from rayrm.training.curves import write_curves

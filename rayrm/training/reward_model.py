@@ -138,8 +138,9 @@ def _check_job(config: RewardModelJob) -> None:
 
 
 def _check_network(training: RewardTraining) -> None:
+    from rayrm.models.loading import outline_network
     from rayrm.models.packing import make_packable
-    from rayrm.models.reward_model import num_experts, outline_network
+    from rayrm.models.reward_model import num_experts
 
     if not training.router_loss and not training.shared_prefix:
         return

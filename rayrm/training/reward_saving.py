@@ -14,9 +14,9 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rayrm import files
 from rayrm.errors import CheckpointError
+from rayrm.models.loading import HEAD
 from rayrm.models.readouts import Readout
 from rayrm.models.rendering import Renderer
-from rayrm.models.reward_model import HEAD
 from rayrm.training.checkpoints import export_model, gather_state, publish
 
 if TYPE_CHECKING:
