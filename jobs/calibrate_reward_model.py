@@ -13,6 +13,7 @@ from rayrm import files
 from rayrm.config import parse_args, run_job
 from rayrm.evaluation.calibration import (
     COLUMNS,
+    CalibratingJob,
     calibration_table,
     check_calibrating,
     measure_calibration,
@@ -27,7 +28,7 @@ from rayrm.scoring.reward_model import Calibration
 from rayrm.shards import iter_tables
 
 
-class CalibrateRewardModel(RewardingJob):
+class CalibrateRewardModel(CalibratingJob):
     """A reward model and the preferences whose rewards it is calibrated by."""
 
 

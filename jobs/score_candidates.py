@@ -17,7 +17,7 @@ class ScoreCandidates(RowsJob):
     """Candidates (or Scored) rows → Scored rows."""
 
     scoring: Scoring
-    """The scorer: bleurt, reward_model or grammar."""
+    """The scorer: bleurt, reward_model, grammar, implicit, service or custom."""
     max_failed_fraction: float = Field(0.1, ge=0, le=1, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
     """Most scores that may be null; a run with more fails at its end and keeps what it wrote."""
 

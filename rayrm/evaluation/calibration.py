@@ -20,6 +20,7 @@ from rayrm.rows import Preference
 from rayrm.scoring.reward_model import (
     LANGUAGES,
     Calibration,
+    RewardModelScoring,
     Spread,
     check_gives_rewards,
     check_reward_model,
@@ -32,7 +33,14 @@ COLUMNS = [*LANGUAGES, *SIDES]
 """Columns of RewardedPreference rows that a calibration is made of."""
 
 
-def check_calibrating(config: RewardingJob) -> None:
+class CalibratingJob(RewardingJob):
+    """Preference rows and the reward model whose rewards of them are its calibration."""
+
+    reward_model: RewardModelScoring
+    """The reward model that is calibrated."""
+
+
+def check_calibrating(config: CalibratingJob) -> None:
     """Find out, before any actor starts, whether there are rows, and a checkpoint that can hold a calibration.
 
     Raises CheckpointError, ConfigError or SchemaError.

@@ -1,4 +1,4 @@
-"""Preference → RewardedPreference: reward both sides of every preference with a reward model."""
+"""Preference → RewardedPreference: reward both sides of every preference with a scorer of preferences."""
 
 from __future__ import annotations
 
@@ -11,21 +11,25 @@ from rayrm import cluster, files
 from rayrm.config import NOT_IDENTITY
 from rayrm.errors import ConfigError
 from rayrm.models.folders import read_mark
-from rayrm.models.readouts import Comparison
 from rayrm.rows import TEXTS, Preference, map_table, on_kept, set_column
 from rayrm.runs import RowsJob
-from rayrm.scoring.reward_model import LANGUAGES, Outcome, RewardModelScorer, RewardModelScoring
+from rayrm.scoring import PreferenceScoring, load_preference_scorer
+from rayrm.scoring.base import Outcome
+from rayrm.scoring.reward_model import LANGUAGES, RewardModelScoring
 from rayrm.splits import is_held_out
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
+READS = ("anchor", "tools", *LANGUAGES)
+"""Columns that every scorer sees beside the prompt and both sides."""
+
 
 class RewardingJob(RowsJob):
     """Preference rows and the reward model that is to agree with them."""
 
-    reward_model: RewardModelScoring
-    """The reward model that is evaluated."""
+    reward_model: PreferenceScoring
+    """The model that is evaluated."""
     split: Literal["all", "held_out"] = "all"
     """Rows that count: all, or those whose group the reward model's own training held out."""
     max_failed_fraction: float = Field(0.05, ge=0, le=1, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
@@ -58,9 +62,15 @@ def reward_preferences(preferences: Dataset, config: RewardingJob) -> Dataset:
 
     Adds chosen_reward, rejected_reward and status. A model that compares two completions gives each side log p, where p
     is the chance that it is the better one; their gap is the log-odds. Raises ResourceError when the cluster can never
-    hold the actors.
+    hold the actors, and ConfigError where nobody knows what was held out.
     """
-    split = find_split(config.reward_model.model) if config.split == "held_out" else None
+    split = None
+    if config.split == "held_out":
+        if not isinstance(config.reward_model, RewardModelScoring):
+            raise ConfigError(
+                f"split is 'held_out', and '{config.reward_model.name}' is no model that was trained here; set split=all."
+            )
+        split = find_split(config.reward_model.model)
     workers = config.reward_model.workers
     cluster.require(workers.num_workers, workers.num_cpus, workers.num_gpus, "The reward model's evaluation")
     return preferences.map_batches(
@@ -79,12 +89,12 @@ def keep_held_out(row: dict[str, Any], split: Split) -> tuple[dict[str, Any] | N
 
 
 class RewardStage:
-    """An actor that holds the reward model."""
+    """An actor that holds a scorer of preferences."""
 
-    def __init__(self, config: RewardModelScoring, split: Split | None) -> None:
+    def __init__(self, config: PreferenceScoring, split: Split | None) -> None:
         self.config = config
         self.split = split
-        self.scorer = RewardModelScorer(config)
+        self.scorer = load_preference_scorer(config)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Reward the kept rows of a shard that are in the split."""
@@ -95,24 +105,32 @@ class RewardStage:
 
     def reward(self, table: pa.Table) -> pa.Table:
         """`table` with chosen_reward, rejected_reward and status."""
-        read = ("prompt", "anchor", "tools", *LANGUAGES, "chosen", "rejected")
-        rows = table.select([name for name in read if name in table.column_names]).to_pylist()
-        found = self._reward([(_question(row, "chosen"), _question(row, "rejected")) for row in rows])
+        reads = dict.fromkeys(("prompt", *READS, *self.scorer.needs, "chosen", "rejected"))
+        rows = table.select([name for name in reads if name in table.column_names]).to_pylist()
+        found = self._compare(rows) if self.scorer.compares else self._score(rows)
         for index, name in enumerate(("chosen_reward", "rejected_reward")):
             table = set_column(table, name, pa.array([pair[index][0] for pair in found], pa.float64()))
         words = [[status for _, status in pair] for pair in found]
         status = pa.StructArray.from_arrays([pa.array(words, TEXTS)], [self.config.name])
         return set_column(table, "status", status)
 
-    def _reward(self, pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[tuple[Outcome, Outcome]]:
-        if isinstance(self.scorer.rewarder.readout, Comparison):
-            return self.scorer.compare(pairs)
-        scores = self.scorer.score([question for pair in pairs for question in pair])
-        return [(chosen[0], rejected[0]) for chosen, rejected in zip(scores[::2], scores[1::2], strict=True)]
+    def _compare(self, rows: list[dict[str, Any]]) -> list[tuple[Outcome, Outcome]]:
+        return self.scorer.compare([(self._question(row, "chosen"), self._question(row, "rejected")) for row in rows])
 
+    def _score(self, rows: list[dict[str, Any]]) -> list[tuple[Outcome, Outcome]]:
+        """Sides of the same prompt are candidates of one question: some scorers cut those alike."""
+        questions: list[dict[str, Any]] = []
+        for row in rows:
+            chosen, rejected = self._question(row, "chosen"), self._question(row, "rejected")
+            if chosen["prompt"] == rejected["prompt"]:
+                questions.append({**chosen, "candidates": chosen["candidates"] + rejected["candidates"]})
+            else:
+                questions += [chosen, rejected]
+        found = iter([outcome for outcomes in self.scorer.score(questions) for outcome in outcomes])
+        return list(zip(found, found, strict=True))
 
-def _question(row: dict[str, Any], side: str) -> dict[str, Any]:
-    """What the scorer reads: the conversation up to the last message of a side, and that message as the candidate."""
-    messages = row[side] or [{"role": "assistant", "content": ""}]
-    question = {name: row.get(name) for name in ("anchor", "tools", *LANGUAGES)}
-    return {**question, "candidates": [messages[-1]["content"]], "prompt": [*row["prompt"], *messages[:-1]]}
+    def _question(self, row: dict[str, Any], side: str) -> dict[str, Any]:
+        """What the scorer reads: the conversation up to the last message of a side, and that message as the candidate."""
+        messages = row[side] or [{"role": "assistant", "content": ""}]
+        question = {name: row.get(name) for name in (*READS, *self.scorer.needs)}
+        return {**question, "candidates": [messages[-1]["content"]], "prompt": [*row["prompt"], *messages[:-1]]}

@@ -1,8 +1,13 @@
-"""Candidates → Scored: a scorer is chosen by its tag and hosted by Ray Data actors."""
+"""Candidates → Scored: a scorer is chosen by its tag and hosted by Ray Data actors.
+
+Scorers of preferences are chosen in the same way. Each is a config and a class that is called with it; a class of one's
+own is added by an entry point, see `rayrm.scoring.custom`.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -12,46 +17,67 @@ from rayrm import cluster
 from rayrm.errors import ConfigError, SchemaError
 from rayrm.models.folders import check_model
 from rayrm.rows import NUMBERS, TEXTS, set_column, with_hidden
+from rayrm.scoring.base import CUSTOM, PreferenceScorer, Scorer
 from rayrm.scoring.bleurt import BleurtScorer, BleurtScoring
+from rayrm.scoring.custom import CustomClass, CustomScorer, CustomScoring, check_custom
 from rayrm.scoring.grammar import GrammarScorer, GrammarScoring
+from rayrm.scoring.implicit import ImplicitScorer, ImplicitScoring, check_implicit
+from rayrm.scoring.pairwise import PairwiseScorer, PairwiseScoring, check_pairwise
 from rayrm.scoring.reward_model import (
     RewardModelScorer,
     RewardModelScoring,
     check_gives_rewards,
     check_reward_model,
+    compares,
 )
+from rayrm.scoring.service import ServiceScorer, ServiceScoring, check_service, recall_served
 from rayrm.shards import read_schemas
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-Scoring = Annotated[BleurtScoring | RewardModelScoring | GrammarScoring, Field(discriminator="type")]
+Scoring = Annotated[
+    BleurtScoring | RewardModelScoring | GrammarScoring | ImplicitScoring | ServiceScoring | CustomScoring,
+    Field(discriminator="type"),
+]
 """The config of any scorer, told apart by `type`."""
+PreferenceScoring = Annotated[
+    RewardModelScoring | ImplicitScoring | PairwiseScoring | ServiceScoring | CustomScoring,
+    Field(discriminator="type"),
+]
+"""The config of any scorer of preferences, told apart by `type`."""
 READS = ("prompt", "source", "reference", "anchor", "src_lang", "tgt_lang", "lang", "candidates")
 """Columns that a scorer sees."""
-
-
-class Scorer(Protocol):
-    """What turns candidates into numbers; `scorer(config)` loads whatever it needs."""
-
-    needs: ClassVar[tuple[str, ...]]
-    """Columns without which no row can be scored."""
-
-    def score(self, rows: list[dict[str, Any]]) -> list[list[tuple[float | None, str]]]:
-        """One (score or null, status) for each candidate of each row; rows have the columns `READS`."""
-        ...
-
 
 SCORERS: dict[str, Any] = {
     "bleurt": BleurtScorer,
     "reward_model": RewardModelScorer,
     "grammar": GrammarScorer,
+    "implicit": ImplicitScorer,
+    "service": ServiceScorer,
+    "custom": CustomScorer,
 }
 """Tag to the class that scores; none loads a model before it is called."""
+PREFERENCE_SCORERS: dict[str, Any] = {
+    "reward_model": RewardModelScorer,
+    "implicit": ImplicitScorer,
+    "pairwise": PairwiseScorer,
+    "service": ServiceScorer,
+    "custom": CustomScorer,
+}
+"""Tag to the class that tells the better one of two completions, a `PreferenceScorer`."""
+CHECKS: dict[str, Any] = {
+    "reward_model": check_reward_model,
+    "implicit": check_implicit,
+    "pairwise": check_pairwise,
+    "service": check_service,
+    "custom": check_custom,
+}
+"""Tag to the check of a config and the paths of its rows, before any actor starts."""
 
 
-def score_candidates(candidates: Dataset, config: Scoring) -> Dataset:
-    """Score every candidate of every row.
+def score_candidates(candidates: Dataset, config: Scoring | PreferenceScoring) -> Dataset:
+    """Score every candidate of every row; a scorer of preferences serves too, unless it compares.
 
     Reads the columns `READS`. Adds the field `config.name` to the structs `scores` and `status`;
     what other scorers left there stays. Raises ResourceError when the cluster can never hold the actors.
@@ -67,10 +93,11 @@ def check_scoring(path: str, config: Scoring) -> None:
     """Find out, before any actor starts, whether the rows at `path` can be scored.
 
     Raises SchemaError when a column is missing without which no row can be scored, ConfigError when another scorer
-    has the name already or a calibration is missing, and CheckpointError when there is no model or one that compares.
+    has the name already or this one only compares, and what `check_preference_scoring` raises.
     """
+    needs = CustomClass(config.scorer).needs if isinstance(config, CustomScoring) else SCORERS[config.type].needs
     for name, schema in read_schemas(path):
-        missing = [column for column in SCORERS[config.type].needs if column not in schema.names]
+        missing = [column for column in needs if column not in schema.names]
         if missing:
             raise SchemaError(
                 f"'{name}' has no column {', '.join(missing)}, which the scorer '{config.type}' compares with."
@@ -80,17 +107,59 @@ def check_scoring(path: str, config: Scoring) -> None:
             raise SchemaError(f"Column 'scores' of '{name}' is {kind}, and scores are a struct with a field a scorer.")
         if config.name in [field.name for field in kind]:
             raise ConfigError(f"'{name}' has scores named '{config.name}' already; set another scoring.name.")
-    if isinstance(config, RewardModelScoring):
-        check_reward_model(config, [path])
-        check_gives_rewards(config.model)
-    elif isinstance(config, BleurtScoring):
+    if isinstance(config, BleurtScoring):
         check_model(config.model)
+    elif not isinstance(config, GrammarScoring):
+        check_preference_scoring(config, [path])
+        if isinstance(config, RewardModelScoring):
+            check_gives_rewards(config.model)
+        elif does_compare(config):
+            raise ConfigError(
+                f"The scorer '{config.name}' of the type '{config.type}' compares two completions and gives a single "
+                "one no score; take another, or evaluate this one on preferences."
+            )
+
+
+def check_preference_scoring(config: PreferenceScoring, paths: Sequence[str] = ()) -> None:
+    """Find out, before any actor starts, whether there is what a scorer of preferences needs.
+
+    `paths` hold the rows that are to be rewarded. Raises CheckpointError without a model that can be read, ConfigError
+    without a template, a calibration, a class or a served model, and ServiceError when a service cannot be reached.
+    """
+    CHECKS[config.type](config, paths)
+
+
+def does_compare(config: PreferenceScoring) -> bool:
+    """Whether a scorer of preferences compares two completions, and gives a single one no reward; on the driver.
+
+    Raises as `check_preference_scoring`.
+    """
+    if isinstance(config, RewardModelScoring):
+        return compares(config.model)
+    if isinstance(config, ServiceScoring):
+        return recall_served(config).compares
+    if isinstance(config, CustomScoring):
+        return CustomClass(config.scorer).compares
+    return isinstance(config, PairwiseScoring)
+
+
+def model_type_of(config: PreferenceScoring) -> str:
+    """What RewardBench calls such a model. Raises as `does_compare`."""
+    if isinstance(config, CustomScoring):
+        return CustomClass(config.scorer).model_type
+    return CUSTOM if does_compare(config) else str(PREFERENCE_SCORERS[config.type].model_type)
+
+
+def load_preference_scorer(config: PreferenceScoring) -> PreferenceScorer:
+    """The scorer itself, on the machine where it is to run. Raises as its class does."""
+    scorer: PreferenceScorer = PREFERENCE_SCORERS[config.type](config)
+    return scorer
 
 
 class ScoreStage:
     """The scorer of one actor, applied to tables of whole shards."""
 
-    def __init__(self, config: Scoring) -> None:
+    def __init__(self, config: Scoring | PreferenceScoring) -> None:
         self.name = config.name
         self.scorer: Scorer = SCORERS[config.type](config)
 

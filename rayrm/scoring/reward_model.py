@@ -12,14 +12,15 @@ from rayrm import files
 from rayrm.config import NOT_IDENTITY, TEMPLATE, Config, Workers, build_config
 from rayrm.errors import CheckpointError, ConfigError
 from rayrm.models.folders import check_model, load_tokenizer, read_mark
+from rayrm.models.own_code import check_own_code
 from rayrm.models.readouts import Comparison, parse_readout
-from rayrm.models.rendering import load_template
+from rayrm.models.rendering import BosRule, Truncation, load_template
 from rayrm.prompts import direct_prompt
 from rayrm.rows import Message
 from rayrm.runs import INPUT
+from rayrm.scoring.base import REWARD_MODEL, Outcome
 from rayrm.shards import iter_tables
 
-Outcome = tuple[float | None, str]
 ANCHOR_LANG = "en"
 LANGUAGES = ("src_lang", "tgt_lang", "lang")
 """Columns that say which language's calibration a row has."""
@@ -61,13 +62,26 @@ class RewardModelScoring(Config):
     """For checkpoints that do not say how they are rendered: a template's name or path, or none."""
     max_length: int | None = Field(None, ge=8)
     """For checkpoints that do not say: most tokens of a prompt with its candidate; null for the model's positions."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    truncation: Truncation = "prompt_left"
+    """Where a conversation over max_length is cut. prompt_left cuts the prompt's left and keeps the candidate whole.
+    For checkpoints that were trained elsewhere, left, right and none take the conversation as one text, as plain
+    transformers does: left and right cut it at that side, and with none it is overlength."""
+    bos: BosRule = "one"
+    """For checkpoints that were trained elsewhere, what becomes of a second BOS, where the tokenizer adds one to a text
+    whose template has written one: one leaves it out, doubled keeps both, masked hides the first from attention."""
+    negate: bool = False
+    """Whether the model gives costs, which are lower for better candidates; rewards are then costs times -1."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the network; auto is bfloat16 on a GPU and float32 on a CPU. The head is always float32."""
     calibration: Literal["none", "overall", "language"] = "none"
     """Unit of the rewards: the model's own, or standard deviations from the mean that calibrate_reward_model found,
     over all rows or over those of the row's language."""
     attn_implementation: str | None = None
     """Attention kernel of transformers, such as sdpa or flash_attention_2; null for its own choice."""
+    load_in_8bit: bool = False
+    """Whether bitsandbytes holds the network's weights in 8-bit integers; the head is left as it is."""
+    trust_remote_code: bool = False
+    """Whether Python files that come with the model may run."""
     token_budget: int = Field(16384, ge=1, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
     """Most tokens of a batch, padding included."""
     workers: Workers = Field(default_factory=Workers, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
@@ -85,8 +99,10 @@ def check_reward_model(config: RewardModelScoring, paths: Iterable[str] = ()) ->
     not there or has no numbers for a language of those rows.
     """
     check_model(config.model)
+    check_own_code(config.model, config.trust_remote_code)
     stored = read_mark(config.model).get("rendering", {})
-    load_template(config.chat_template or stored.get("chat_template"), load_tokenizer(config.model), config.model)
+    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    load_template(config.chat_template or stored.get("chat_template"), tokenizer, config.model)
     calibration = find_calibration(config)
     if calibration is None or config.calibration == "overall":
         return
@@ -154,6 +170,8 @@ class RewardModelScorer:
 
     needs: ClassVar[tuple[str, ...]] = ()
     """Columns without which no row can be scored."""
+    model_type: ClassVar[str] = REWARD_MODEL
+    """What RewardBench calls such models, where they do not compare."""
 
     def __init__(self, config: RewardModelScoring) -> None:
         import torch
@@ -166,11 +184,19 @@ class RewardModelScorer:
         self.calibration = find_calibration(config)
         self.rewarder = load_rewarder(
             config.model,
-            Rendering(config.chat_template, config.max_length),
+            Rendering(config.chat_template, config.max_length, config.truncation, config.bos),
             device="cuda" if config.workers.num_gpus else "cpu",
             dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
             attn_implementation=config.attn_implementation,
+            is_cost=config.negate,
+            load_in_8bit=config.load_in_8bit,
+            trust_remote_code=config.trust_remote_code,
         )
+
+    @property
+    def compares(self) -> bool:
+        """Whether the model compares two completions and gives a single one no reward."""
+        return isinstance(self.rewarder.readout, Comparison)
 
     def score(self, rows: list[dict[str, Any]]) -> list[list[Outcome]]:
         """One (reward, status) for each of a row's `candidates`; equal candidates of a row are scored once.

@@ -1,0 +1,212 @@
+"""Score candidates through the HTTP service, by a model that runs there."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from pydantic import Field
+
+from rayrm.client import RETRY_STATUSES, AsyncRewardClient, Comparison, Pair, Query, Reward
+from rayrm.config import NOT_IDENTITY, Config, Workers
+from rayrm.errors import ConfigError
+from rayrm.rows import Message
+from rayrm.scoring.base import REWARD_MODEL, Outcome
+from rayrm.scoring.reward_model import language_of
+
+CHECK_S = 15.0
+"""Seconds in which a service must tell of its models before a run starts."""
+NO_REWARDS = ("bleurt", "judge")
+"""Readouts of what a service runs beside reward models."""
+LEAST_CHANCE = 2.0**-53
+"""What a chance of 0 stands for: the service tells chances, and those nearer to 0 or 1 are rounded."""
+
+
+class ServiceScoring(Config):
+    """The reward of each candidate, by a model of a running rayrm service; the same numbers as in process.
+
+    The key comes from the environment variable RAYRM_API_KEY.
+    """
+
+    type: Literal["service"] = "service"
+    name: str = Field("service", min_length=1)
+    """Field of `scores` and `status` that holds the result."""
+    endpoint: str = Field(pattern=r"^https?://")
+    """Address of the service, without a path: http://localhost:8000."""
+    model: str | None = None
+    """Name or alias of the model there; null for the first one."""
+    timeout_s: float = Field(120.0, gt=0, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
+    """Seconds for which a request is tried again while the service has no time or is away."""
+    batch_size: int = Field(32, ge=1, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
+    """Most rows of a request."""
+    max_in_flight: int = Field(16, ge=1, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
+    """Most requests of an actor at a time."""
+    workers: Workers = Field(default_factory=Workers, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
+    """Actors that ask; one keeps a service busy."""
+
+
+class Served(NamedTuple):
+    """A model of a service."""
+
+    id: str
+    compares: bool
+    """Whether it compares two completions and rewards none; false where the model does not run now and tells nothing."""
+
+
+class Item(NamedTuple):
+    """What is asked of a row."""
+
+    query: Query
+    tools: list[dict[str, Any]] | None
+    """Tool schemas for the chat template to show."""
+
+
+class Client(AsyncRewardClient):
+    """The client, with the tools of rows."""
+
+    async def reward_items(self, items: Sequence[Item]) -> list[list[Reward]]:
+        """As `rewards`."""
+
+        async def ask(batch: Sequence[Item]) -> list[list[Reward]]:
+            body = [
+                {"prompt": q.prompt, "completions": q.completions, "lang": q.lang, "tools": tools} for q, tools in batch
+            ]
+            found = await self._post("/v1/rewards", {"items": body})
+            return [
+                [Reward(*(each[name] for name in Reward._fields)) for each in item["completions"]]
+                for item in found["items"]
+            ]
+
+        return await self._all(items, ask, lambda rewards: any(r.status in RETRY_STATUSES for r in rewards))
+
+
+def connect(config: ServiceScoring, timeout_s: float | None = None) -> Client:
+    """A client of the service, with its model."""
+    return Client(
+        config.endpoint,
+        model=config.model,
+        timeout_s=timeout_s or config.timeout_s,
+        batch_size=config.batch_size,
+        max_in_flight=config.max_in_flight,
+    )
+
+
+_SERVED: dict[ServiceScoring, Served] = {}
+
+
+def recall_served(config: ServiceScoring) -> Served:
+    """What `find_served` gave in this process before: a report can be written when the service is gone."""
+    return _SERVED[config] if config in _SERVED else find_served(config)
+
+
+def find_served(config: ServiceScoring) -> Served:
+    """The model that the service is to be asked for.
+
+    Raises ServiceError when the service cannot be reached or refuses the key, and ConfigError when it has no such model
+    or one that gives no rewards.
+    """
+
+    async def ask() -> list[dict[str, Any]]:
+        async with connect(config, min(config.timeout_s, CHECK_S)) as client:
+            return await client.models()
+
+    known = asyncio.run(ask())
+    wanted = [m for m in known if config.model is None or config.model in (m["id"], *m.get("aliases", ()))]
+    if not wanted:
+        names = ", ".join(model["id"] for model in known) or "none"
+        raise ConfigError(f"'{config.endpoint}' has no model '{config.model}'; it has {names}.")
+    found = wanted[0]
+    if found.get("readout") in NO_REWARDS:
+        raise ConfigError(
+            f"'{found['id']}' at '{config.endpoint}' is no reward model but of the kind '{found['readout']}'; name a "
+            "reward model."
+        )
+    _SERVED[config] = Served(found["id"], found.get("readout") == "comparison")
+    return _SERVED[config]
+
+
+def check_service(config: ServiceScoring, paths: Sequence[str] = ()) -> None:
+    """Find out, before any actor starts, whether the service answers and has the model. Raises as `find_served`."""
+    find_served(config)
+
+
+class ServiceScorer:
+    """A model of a running service. Raises ServiceError and ConfigError as `find_served`."""
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Columns without which no row can be scored."""
+    model_type: ClassVar[str] = REWARD_MODEL
+    """What RewardBench calls such models, where they do not compare."""
+
+    def __init__(self, config: ServiceScoring) -> None:
+        self.config = config
+        self.compares = find_served(config).compares
+
+    def score(self, rows: list[dict[str, Any]]) -> list[list[Outcome]]:
+        """One (reward, status) for each of a row's `candidates`, as the service tells them.
+
+        Of a row whose tools are no JSON list of objects it is `error`. Raises ServiceError when the service refuses a
+        request, or has not answered within `timeout_s`.
+        """
+        items = [_item(row) for row in rows]
+        asked = [item for item in items if item is not None]
+
+        async def ask() -> list[list[Reward]]:
+            async with connect(self.config) as client:
+                return await client.reward_items(asked)
+
+        found = iter(asyncio.run(ask()) if asked else [])
+        return [
+            [(None, "error") for _ in row["candidates"] or []]
+            if item is None
+            else [(each.reward, each.status) for each in next(found)]
+            for row, item in zip(rows, items, strict=True)
+        ]
+
+    def compare(self, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[tuple[Outcome, Outcome]]:
+        """(log p, status) of each of two rows with one candidate, as `PreferenceScorer.compare` says.
+
+        Tools are not shown. Raises ServiceError as `score` does.
+        """
+        places = [index for index, (first, second) in enumerate(pairs) if first["prompt"] == second["prompt"]]
+        asked = [
+            Pair(_turns(first["prompt"]), first["candidates"][0] or "", second["candidates"][0] or "")
+            for first, second in (pairs[index] for index in places)
+        ]
+
+        async def ask() -> list[Comparison]:
+            async with connect(self.config) as client:
+                return await client.compare(asked)
+
+        found: list[tuple[Outcome, Outcome]] = [((None, "error"), (None, "error"))] * len(pairs)
+        for index, told in zip(places, asyncio.run(ask()) if asked else [], strict=True):
+            found[index] = _sides(told.probability, told.status)
+        return found
+
+
+def _sides(probability: float | None, status: str) -> tuple[Outcome, Outcome]:
+    if probability is None:
+        return ((None, status),) * 2
+    first, second = (math.log(max(chance, LEAST_CHANCE)) for chance in (probability, 1 - probability))
+    return (first, status), (second, status)
+
+
+def _turns(prompt: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
+
+
+def _item(row: dict[str, Any]) -> Item | None:
+    """What is asked of a row; None where its tools cannot be sent."""
+    tools = None
+    if row.get("tools") is not None:
+        try:
+            tools = json.loads(row["tools"])
+        except ValueError:
+            return None
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            return None
+    lang = language_of(row) if row.get("lang") else None
+    return Item(Query(_turns(row["prompt"]), [text or "" for text in row["candidates"] or []], lang), tools)
