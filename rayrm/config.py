@@ -153,6 +153,8 @@ def is_input(field: FieldInfo, value: Any) -> bool:
 def _absolute(value: Any, must_exist: bool) -> Any:
     if isinstance(value, dict):
         return {key: _absolute(path, must_exist) for key, path in value.items()}
+    if isinstance(value, list):
+        return [_absolute(path, must_exist) for path in value]
     if isinstance(value, str) and "://" not in value and (os.path.exists(value) or not must_exist):
         return os.path.abspath(value)
     return value

@@ -1,4 +1,4 @@
-"""One table of languages: code, English name, script, NLLB/FLORES code."""
+"""One table of languages: code, English name, script, NLLB/FLORES code, family, resource class."""
 
 from __future__ import annotations
 
@@ -19,53 +19,60 @@ class Language(NamedTuple):
     """ISO 15924 code of the usual script."""
     flores: str
     """NLLB and FLORES-200 code."""
+    family: str
+    """Family, the widest group of related languages."""
+    resource_class: int | None
+    """Class of Joshi et al. (arXiv 2004.09095), 0 (no data) to 5 (most data).
+
+    Null where they give the code no class of its own, such as Traditional Chinese.
+    """
 
 
 _ROWS = """
-en English Latn eng_Latn
-de German Latn deu_Latn
-fr French Latn fra_Latn
-nl Dutch Latn nld_Latn
-it Italian Latn ita_Latn
-es Spanish Latn spa_Latn
-pt Portuguese Latn por_Latn
-ko Korean Hang kor_Hang
-ru Russian Cyrl rus_Cyrl
-zh Chinese Hans zho_Hans
-zh-Hant Traditional_Chinese Hant zho_Hant
-ar Arabic Arab arb_Arab
-bg Bulgarian Cyrl bul_Cyrl
-bn Bengali Beng ben_Beng
-ca Catalan Latn cat_Latn
-cs Czech Latn ces_Latn
-da Danish Latn dan_Latn
-el Greek Grek ell_Grek
-et Estonian Latn est_Latn
-fa Persian Arab pes_Arab
-fi Finnish Latn fin_Latn
-he Hebrew Hebr heb_Hebr
-hi Hindi Deva hin_Deva
-hr Croatian Latn hrv_Latn
-hu Hungarian Latn hun_Latn
-id Indonesian Latn ind_Latn
-ja Japanese Jpan jpn_Jpan
-lt Lithuanian Latn lit_Latn
-lv Latvian Latn lvs_Latn
-no Norwegian Latn nob_Latn
-pl Polish Latn pol_Latn
-ro Romanian Latn ron_Latn
-sk Slovak Latn slk_Latn
-sl Slovenian Latn slv_Latn
-sr Serbian Cyrl srp_Cyrl
-sv Swedish Latn swe_Latn
-sw Swahili Latn swh_Latn
-ta Tamil Taml tam_Taml
-te Telugu Telu tel_Telu
-th Thai Thai tha_Thai
-tr Turkish Latn tur_Latn
-uk Ukrainian Cyrl ukr_Cyrl
-ur Urdu Arab urd_Arab
-vi Vietnamese Latn vie_Latn
+en English Latn eng_Latn Indo-European 5
+de German Latn deu_Latn Indo-European 5
+fr French Latn fra_Latn Indo-European 5
+nl Dutch Latn nld_Latn Indo-European 4
+it Italian Latn ita_Latn Indo-European 4
+es Spanish Latn spa_Latn Indo-European 5
+pt Portuguese Latn por_Latn Indo-European 4
+ko Korean Hang kor_Hang Koreanic 4
+ru Russian Cyrl rus_Cyrl Indo-European 4
+zh Chinese Hans zho_Hans Sino-Tibetan 5
+zh-Hant Traditional_Chinese Hant zho_Hant Sino-Tibetan -
+ar Arabic Arab arb_Arab Afro-Asiatic 5
+bg Bulgarian Cyrl bul_Cyrl Indo-European 3
+bn Bengali Beng ben_Beng Indo-European 3
+ca Catalan Latn cat_Latn Indo-European 4
+cs Czech Latn ces_Latn Indo-European 4
+da Danish Latn dan_Latn Indo-European 3
+el Greek Grek ell_Grek Indo-European 3
+et Estonian Latn est_Latn Uralic 3
+fa Persian Arab pes_Arab Indo-European 4
+fi Finnish Latn fin_Latn Uralic 4
+he Hebrew Hebr heb_Hebr Afro-Asiatic 3
+hi Hindi Deva hin_Deva Indo-European 4
+hr Croatian Latn hrv_Latn Indo-European 4
+hu Hungarian Latn hun_Latn Uralic 4
+id Indonesian Latn ind_Latn Austronesian 3
+ja Japanese Jpan jpn_Jpan Japonic 5
+lt Lithuanian Latn lit_Latn Indo-European 3
+lv Latvian Latn lvs_Latn Indo-European 3
+no Norwegian Latn nob_Latn Indo-European -
+pl Polish Latn pol_Latn Indo-European 4
+ro Romanian Latn ron_Latn Indo-European 3
+sk Slovak Latn slk_Latn Indo-European 3
+sl Slovenian Latn slv_Latn Indo-European 3
+sr Serbian Cyrl srp_Cyrl Indo-European 4
+sv Swedish Latn swe_Latn Indo-European 4
+sw Swahili Latn swh_Latn Niger-Congo 2
+ta Tamil Taml tam_Taml Dravidian 3
+te Telugu Telu tel_Telu Dravidian 1
+th Thai Thai tha_Thai Tai-Kadai 3
+tr Turkish Latn tur_Latn Turkic 4
+uk Ukrainian Cyrl ukr_Cyrl Indo-European 3
+ur Urdu Arab urd_Arab Indo-European 3
+vi Vietnamese Latn vie_Latn Austroasiatic 4
 """
 _WRITTEN_IN = {
     "Hans": ("CJK",),
@@ -86,8 +93,9 @@ _WRITTEN_IN = {
 
 
 def _read(row: str) -> Language:
-    code, name, script, flores = row.split()
-    return Language(code, name.replace("_", " "), script, flores)
+    code, name, script, flores, family, resource_class = row.split()
+    known = None if resource_class == "-" else int(resource_class)
+    return Language(code, name.replace("_", " "), script, flores, family, known)
 
 
 LANGUAGES = {language.code: language for language in map(_read, _ROWS.strip().splitlines())}

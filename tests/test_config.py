@@ -97,6 +97,8 @@ class Paths(Config):
     """A folder."""
     sets: dict[str, str] = Field({}, json_schema_extra={"identity": False, "input": True})
     """Inputs by name."""
+    parts: list[str] = Field([], json_schema_extra={"identity": False, "input": True})
+    """Inputs in a row."""
     inner: Nested = Nested()
     """More."""
 
@@ -109,6 +111,27 @@ def test_local_paths_become_absolute_and_hub_ids_and_urls_stay(tmp_path, monkeyp
     assert config.sets == {"a": str(tmp_path / "rows"), "b": "s3://b/rows"}
     assert config.inner.model == "owner/name"
     assert load_config(Paths, None, ["output=s3://b/out"]).output == "s3://b/out"
+    assert load_config(Paths, None, ["output=o", "parts=[rows, owner/name]"]).parts == [
+        str(tmp_path / "rows"),
+        "owner/name",
+    ]
+
+
+class Team(Config):
+    """A list of configs."""
+
+    members: list[Nested]
+    """The configs."""
+
+
+def test_a_word_reaches_into_a_list_by_its_place(tmp_path):
+    (tmp_path / "team.yaml").write_text("members: [{model: a}]")
+    config = load_config(Team, tmp_path / "team.yaml", ["members.1.model=b/c", "members.0.model=d/e"])
+    assert [member.model for member in config.members] == ["d/e", "b/c"]
+    with pytest.raises(ConfigError, match=r"'members.5.model' names place 5 of a list of 1; the first one is 0"):
+        load_config(Team, tmp_path / "team.yaml", ["members.5.model=b/c"])
+    with pytest.raises(ConfigError, match=r"reaches into 'members', which is \[\{'model': 'a'\}\] and has no 'model'"):
+        load_config(Team, tmp_path / "team.yaml", ["members.model=b/c"])
 
 
 def test_a_job_tells_the_error_of_its_actor(capsys):

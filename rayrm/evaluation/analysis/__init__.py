@@ -1,0 +1,1 @@
+"""Compare evaluated models: leaderboards, languages, agreement, length, calibration, ensembles, tests of difference."""

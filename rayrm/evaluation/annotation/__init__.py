@@ -1,0 +1,1 @@
+"""Preferences for people to annotate, and what they made of them."""
