@@ -1,127 +1,204 @@
-"""Measure how often a reward model agrees with preferences; writes metrics.json and report.html.
+"""Measure reward models on preference sets and benchmarks; writes metrics.json, report.html and the benchmarks' own files.
 
-Beside the accuracy stands that of a judge that looks at length alone, and their paired difference, all with bootstrap
-intervals. The rewards of all rows stay in `<output>/rows/<set>`; a run that was killed goes on from there.
+Any number of models and sets, in any languages; each model is loaded once. Beside the accuracy stands that of a judge
+that looks at length alone, and their paired difference, all with bootstrap intervals. The rewards of all rows stay in
+`<output>/rows/<model>`; a run that was killed goes on from there.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, model_validator
 
 from rayrm import files
-from rayrm.config import Config, parse_args, run_job
-from rayrm.errors import EvaluationError
+from rayrm.config import NOT_IDENTITY, Config, parse_args, run_job
+from rayrm.counts import describe_counts
+from rayrm.errors import RayRMError
+from rayrm.evaluation.benchmarks import BENCHMARKS
+from rayrm.evaluation.exporting import export_model
+from rayrm.evaluation.facts import list_facts
+from rayrm.evaluation.models import EvaluatedModel, Evaluation, check_held_out, check_rows, evaluate_model, read_model
+from rayrm.evaluation.overview import Overview, rewards_table
 from rayrm.evaluation.preference_report import RewardedSet, build_report, measure_set, summary_table
-from rayrm.evaluation.preferences import BootstrapConfig, RewardedPreference, flatten
-from rayrm.evaluation.report import format_table, write_report
-from rayrm.evaluation.rewarding import RewardingJob, find_split, reward_preferences
+from rayrm.evaluation.preferences import BootstrapConfig, flatten
+from rayrm.evaluation.report import Section, Table, format_table, write_report
+from rayrm.evaluation.results import write_results
+from rayrm.evaluation.sets import EvaluationSet, Prepared, PreparedSets, benchmark_sets, check_languages, prepare_sets
 from rayrm.models.folders import read_mark
-from rayrm.rows import Preference
-from rayrm.runs import INPUT, finish_run, start_run, transform_rows, versions
-from rayrm.scoring.reward_model import check_reward_model
-from rayrm.shards import iter_tables, read_table
-from rayrm.splits import is_held_out
+from rayrm.runs import INPUT, abandon_run, finish_run, start_run
+from rayrm.scoring import PreferenceScoring, check_preference_scoring
+from rayrm.scoring.reward_model import RewardModelScoring
 
-MAIN = "preferences"
 METRICS, REPORT = "metrics.json", "report.html"
 
 
-class EvaluateRewardModel(RewardingJob):
-    """A reward model and the preferences that it is measured on."""
+class EvaluateRewardModel(Config):
+    """Reward models and what they are measured on."""
 
-    agreement: dict[str, str] = Field({}, json_schema_extra=INPUT)  # type: ignore[arg-type]
-    """Further Preference rows by name, such as pairs labelled by something else than the scorer; each has a section."""
+    reward_models: list[PreferenceScoring] = Field(min_length=1)
+    """The models, each with a `name` of its own."""
+    benchmark: Literal["reward_bench", "m_reward_bench", "reward_bench_2"] | None = None
+    """How scores are put together; without `sets`, also which rows are read, from the hub."""
+    benchmark_copy: str | None = Field(None, json_schema_extra=INPUT)  # type: ignore[arg-type]
+    """Folder with copies of the benchmark's datasets, each called by the last part of its hub id; null for the hub."""
+    sets: list[EvaluationSet] = Field([])
+    """The sets; with a benchmark, rows of its subsets, such as translations of it."""
+    languages: list[str] | None = None
+    """ISO codes of the languages whose rows count; null for all."""
+    output: str = Field(json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
+    """Folder for rows, results, metrics and the page."""
+    split: Literal["all", "held_out"] = "all"
+    """Rows that count: all, or those whose group each reward model's own training held out."""
     bootstrap: BootstrapConfig = BootstrapConfig()
     """How intervals are drawn."""
     num_examples: int = Field(4, ge=0)
-    """Worst misses and most confident hits that the page shows of the first set, so many of each."""
+    """Worst misses and most confident hits that the page shows of the first model and set, so many of each."""
+    max_failed_fraction: float = Field(0.05, ge=0, le=1, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
+    """Most rewards of a model that may be null; a run with more fails at its end and keeps what it wrote."""
+    shard_rows: int = Field(512, ge=1)
+    """Rows that are committed together; what is done is never done again."""
 
-    @field_validator("agreement")
-    @classmethod
-    def _check_names(cls, sets: dict[str, str]) -> dict[str, str]:
-        for name in sets:
-            if name == MAIN or not re.fullmatch(r"[\w-]+", name):
-                raise ValueError(f"'{name}' names a folder below rows/: use letters, digits, _ and -, and not '{MAIN}'")
-        return sets
+    @model_validator(mode="after")
+    def _check(self) -> EvaluateRewardModel:
+        names = [model.name for model in self.reward_models]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"several reward models are called '{twice[0]}'; give each a name of its own")
+        if not self.sets and self.benchmark is None:
+            raise ValueError("there is nothing to evaluate on; set benchmark or sets")
+        if self.benchmark_copy is not None and (self.benchmark is None or self.sets):
+            raise ValueError("benchmark_copy is read for a benchmark without sets only")
+        return self
+
+    @property
+    def all_sets(self) -> list[EvaluationSet]:
+        """The sets, or those of the benchmark."""
+        if self.benchmark is None or self.sets:
+            return self.sets
+        return benchmark_sets(BENCHMARKS[self.benchmark], self.languages, self.benchmark_copy)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the job. Raises EvaluationError when too many rewards failed or a set has no row to measure."""
     config = parse_args(EvaluateRewardModel, argv)
-    sets = {MAIN: config.input, **config.agreement}
-    check(config, sets)
+    check_languages(config.languages)
+    for scoring in config.reward_models:
+        check_preference_scoring(scoring)
+    how = Evaluation(
+        files.join(config.output, "rows"),
+        config.split,
+        config.shard_rows,
+        config.max_failed_fraction,
+        config.benchmark,
+    )
     report = files.join(config.output, REPORT)
-    is_verified = "rendering" in read_mark(config.reward_model.model)
     if start_run(config):
-        rewarded = [reward_rows(config, name, path) for name, path in sets.items()]
-        metrics = {part.name: flatten(part.slices) for part in rewarded}
+        prepared = prepare(config)
+        models = [evaluate_model(model, prepared, how) for model in config.reward_models]
+        overview, rewarded = measure(config, models)
+        metrics = list_metrics(models, overview, rewarded)
         files.write_json(files.join(config.output, METRICS), metrics)
-        lead = describe_evaluation(config, rewarded[0])
-        facts = {"verified": str(is_verified), **list_facts(config)}
-        write_report(report, build_report(rewarded, lead, facts, config.bootstrap, config.num_examples))
-        finish_run(config, {"metrics": metrics, "verified": is_verified})
+        write_results(config.output, (row for model in models for row in model.results))
+        for model in models:
+            export_model(model, config.benchmark, files.join(config.output, "exports"))
+        sections = list_sections(models, overview)
+        pairs = [part for parts in rewarded.values() for part in parts.values()]
+        lead, facts = describe_evaluation(config, prepared), {**list_rows(config), **list_facts(config)}
+        write_report(report, build_report(pairs, lead, facts, config.bootstrap, config.num_examples, sections))
+        finish_run(config, {"metrics": metrics, "verified": list_verified(config)})
     else:
-        rewarded = [read_rewarded(config, name) for name in sets]
-    for part in rewarded:
-        print(f"\n{part.name}\n{format_table(summary_table(part.slices, config.bootstrap.confidence))}")
+        prepared = prepare_sets(list_sets(config))
+        models = [read_model(model, prepared, how) for model in config.reward_models]
+        overview, rewarded = measure(config, models)
+    for parts in rewarded.values():
+        for part in parts.values():
+            print(f"\n{part.name}\n{format_table(summary_table(part.slices, config.bootstrap.confidence))}")
+    for section in list_sections(models, overview):
+        tables = [block for block in section.blocks if isinstance(block, Table)]
+        print(f"\n{section.title}", *map(format_table, tables), sep="\n")
     print(f"\nThe page with figures and examples: {report}", flush=True)
 
 
-def check(config: EvaluateRewardModel, sets: dict[str, str]) -> None:
-    """Find out before any actor starts whether there is a model, a split and rows.
-
-    Raises CheckpointError, ConfigError, SchemaError, or EvaluationError when a set has no row of the split.
-    """
-    model = config.reward_model.model
-    # Rows that were trained on need no calibration.
-    check_reward_model(config.reward_model, sets.values() if config.split == "all" else ())
-    split = find_split(model) if config.split == "held_out" else None
-    for path in sets.values():
-        Preference.check_files(path)
-        if split is None:
-            continue
-        groups = (group for table in iter_tables(path, ["group"]) for group in table["group"].to_pylist())
-        if not any(is_held_out(group, split.fraction, split.seed) for group in groups):
-            raise EvaluationError(f"'{path}' holds no row of a group that '{model}' held out of training.")
-
-
-def reward_rows(config: EvaluateRewardModel, name: str, path: str) -> RewardedSet:
-    """Reward the rows at `path` into `<output>/rows/<name>`, and measure them."""
-    output = files.join(config.output, "rows", name)
-    values: dict[str, Any] = {field: getattr(config, field) for field in RewardingJob.model_fields}
-    job = RewardingJob(**{**values, "input": path, "output": output})
-    stage = partial(reward_preferences, config=job)
-    transform_rows(job, Preference, RewardedPreference, stage, {job.reward_model.name: job.max_failed_fraction})
-    return read_rewarded(config, name)
+def prepare(config: EvaluateRewardModel) -> list[Prepared]:
+    """The rows of all sets. Gives up the output when they cannot be had, or none of them may count."""
+    try:
+        prepared = prepare_sets(list_sets(config))
+        if config.split == "held_out":
+            check_held_out(config.reward_models, prepared)
+        else:
+            check_rows(config.reward_models, prepared)
+    except RayRMError:
+        fs, inner = files.filesystem(files.join(config.output, "sets"))
+        if fs.exists(inner):
+            fs.rm(inner, recursive=True)
+        abandon_run(config)
+        raise
+    return prepared
 
 
-def read_rewarded(config: EvaluateRewardModel, name: str) -> RewardedSet:
-    """Measure the rows that stand rewarded in `<output>/rows/<name>`."""
-    return measure_set(name, read_table(files.join(config.output, "rows", name)), config.bootstrap)
+def list_sets(config: EvaluateRewardModel) -> PreparedSets:
+    """The sets of a run, as rows of ours in its output."""
+    output = files.join(config.output, "sets")
+    return PreparedSets(sets=config.all_sets, languages=config.languages, output=output, shard_rows=config.shard_rows)
 
 
-def describe_evaluation(config: EvaluateRewardModel, rewarded: RewardedSet) -> str:
-    """One sentence: which model, how many rows, of what."""
-    rows = f"{rewarded.rows.num_rows:,} preferences"
-    held_out = " whose groups it was never trained on" if config.split == "held_out" else ""
-    return f"{config.reward_model.model} on {rows} of {config.input}{held_out}."
+def measure(
+    config: EvaluateRewardModel, models: Sequence[EvaluatedModel]
+) -> tuple[Overview, dict[str, dict[str, RewardedSet]]]:
+    """The scores of all models, and what else their preferences tell, by model and set."""
+    found: dict[str, dict[str, RewardedSet]] = {}
+    for model in models:
+        parts = found.setdefault(model.config.name, {})
+        for name in model.sets("preference"):
+            title = f"{model.config.name} on {name}" if len(models) > 1 else name
+            parts[name] = measure_set(title, model.select("preference", name), config.bootstrap)
+    return Overview([row for model in models for row in model.results]), found
 
 
-def list_facts(config: Config) -> dict[str, str]:
-    """Every field of the config by its dotted name, then the versions."""
-    return {**_dotted(config.model_dump(mode="json")), **versions()}
+def list_metrics(
+    models: Sequence[EvaluatedModel], overview: Overview, rewarded: dict[str, dict[str, RewardedSet]]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Every metric by model and set."""
+    metrics: dict[str, dict[str, dict[str, Any]]] = {}
+    for model in models:
+        name = model.config.name
+        metrics[name] = {each: overview.metrics(name, each) for each in overview.sets}
+        for each, part in rewarded[name].items():
+            metrics[name][each] |= flatten(part.slices)
+    return metrics
 
 
-def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name, value in values.items():
-        found.update(_dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": str(value)})
-    return found
+def list_sections(models: Sequence[EvaluatedModel], overview: Overview) -> list[Section]:
+    """What stands first on the page: the models beside one another, and the rewards of conversations."""
+    sections = []
+    if len(overview.models) > 1 or any(score.benchmark for score in overview.scores.values()):
+        sections.append(overview.section())
+    conversations = {m.config.name: m.tables["conversation"] for m in models if "conversation" in m.tables}
+    if conversations:
+        sections.append(Section("Rewards of conversations", [rewards_table(conversations)]))
+    return sections
+
+
+def list_rows(config: EvaluateRewardModel) -> dict[str, str]:
+    """What was read of each set, and what was dropped for which reason."""
+    mark = files.read_json(files.join(config.output, "sets", files.RUN_MARK))
+    return {f"rows of {title}": describe_counts(counts) for title, counts in mark["sets"].items()}
+
+
+def list_verified(config: EvaluateRewardModel) -> dict[str, bool]:
+    """Whether each model's checkpoint says how it was rendered in training."""
+    models = [model for model in config.reward_models if isinstance(model, RewardModelScoring)]
+    return {model.name: "rendering" in read_mark(model.model) for model in models}
+
+
+def describe_evaluation(config: EvaluateRewardModel, prepared: Sequence[Prepared]) -> str:
+    """One sentence: which models, how many rows, of what."""
+    names = ", ".join(getattr(model, "model", None) or model.name for model in config.reward_models)
+    rows = " and ".join(f"{part.num_rows:,} {part.rows} rows" for part in prepared)
+    held_out = ", of which those count whose groups it was never trained on" if config.split == "held_out" else ""
+    inputs = ", ".join(dict.fromkeys(part.input for part in config.all_sets))
+    return f"{names} on {rows} of {inputs}{held_out}."
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ from jobs.evaluate_reward_model import EvaluateRewardModel, main
 from rayrm import files
 from rayrm.config import load_config
 from rayrm.errors import CheckpointError, ConfigError, EvaluationError, OutputExistsError, SchemaError
+from rayrm.evaluation.benchmarks import pair_credit
+from rayrm.evaluation.exports import path_of
+from rayrm.evaluation.results import read_results
 from rayrm.evaluation.rewarding import RewardStage, Split, find_split, keep_held_out
 from rayrm.models.readouts import Comparison, Gated, LastToken, Ratings, Steps
 from rayrm.rows import Preference
@@ -95,8 +98,9 @@ def reward_model(tmp_path_factory):
 
 
 def words(model, path, output, *more):
-    fixed = ["reward_model.chat_template=none", "bootstrap.num_resamples=50", "shard_rows=5"]
-    return [f"input={path}", f"output={output}", f"reward_model.model={model}", *fixed, *more]
+    fixed = ["reward_models.0.type=reward_model", "reward_models.0.chat_template=none", "bootstrap.num_resamples=50"]
+    inputs = [f"sets.0.input={path}", f"output={output}", f"reward_models.0.model={model}", "shard_rows=5"]
+    return [*inputs, *fixed, *more]
 
 
 def test_split_comes_from_the_checkpoint(tmp_path):
@@ -117,65 +121,101 @@ def test_held_out_rows_are_kept():
 
 def test_bad_names_and_paths_are_named(tmp_path, reward_model):
     path = write_preferences(tmp_path / "in.parquet", preferences(2))
-    with pytest.raises(ConfigError, match="names a folder below rows"):
-        main(words(reward_model, path, tmp_path / "out", "agreement={a/b: x}"))
+    out = tmp_path / "out"
+    with pytest.raises(ConfigError, match=r"'sets.0.name' is 'a/b'"):
+        main(words(reward_model, path, out, "sets.0.name=a/b"))
+    with pytest.raises(ConfigError, match="several reward models are called 'reward_model'"):
+        main(words(reward_model, path, out, "reward_models.1.type=reward_model", "reward_models.1.model=m"))
+    with pytest.raises(ConfigError, match="there is nothing to evaluate on; set benchmark or sets"):
+        main([f"output={out}", "reward_models.0.type=reward_model", f"reward_models.0.model={reward_model}"])
+    with pytest.raises(ConfigError, match="There is no language xx"):
+        main(words(reward_model, path, out, "languages=[xx]"))
     with pytest.raises(CheckpointError, match="no model at"):
-        main(words(str(tmp_path / "a" / "nothing"), path, tmp_path / "out"))
-    with pytest.raises(ConfigError, match="names no held-out share"):
-        main(words(reward_model, path, tmp_path / "out", "split=held_out"))
+        main(words(str(tmp_path / "a" / "nothing"), path, out))
     with pytest.raises(CheckpointError, match="has no chat template; set chat_template"):
-        main(words(reward_model, path, tmp_path / "out", "reward_model.chat_template=null"))
+        main(words(reward_model, path, out, "reward_models.0.chat_template=null"))
+    assert not out.exists()
+    with pytest.raises(ConfigError, match="names no held-out share"):
+        main(words(reward_model, path, out, "split=held_out"))
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"id": "a", "group": "b"}\n')
-    with pytest.raises(SchemaError, match="lacks prompt, chosen, rejected"):
-        main(words(reward_model, prompts, tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(SchemaError, match=r"no columns chosen and rejected, or messages.*found id \(string\), group"):
+        main(words(reward_model, prompts, out))
+    # Nothing was done, and another config may have the folder.
+    assert list(out.iterdir()) == []
 
 
-def test_agreement_paths_are_inputs():
+def test_sets_and_models_are_inputs():
     from rayrm.runs import input_paths
 
-    overrides = ["input=a", "output=b", "reward_model.model=m", "agreement.grammar=c"]
-    assert input_paths(load_config(EvaluateRewardModel, None, overrides)) == {
-        "input": "a",
-        "reward_model.model": "m",
-        "agreement.grammar": "c",
+    overrides = ["output=b", "reward_models.0.type=reward_model", "reward_models.0.model=m"]
+    sets = ["sets.0.input=a", "sets.1.input=c", "sets.1.name=grammar"]
+    assert input_paths(load_config(EvaluateRewardModel, None, [*overrides, *sets])) == {
+        "sets.0.input": "a",
+        "reward_models.0.model": "m",
+        "sets.1.input": "c",
     }
 
 
 @pytest.fixture(scope="module")
 def evaluated(ray_cluster, tmp_path_factory, reward_model):
-    """A finished evaluation of two sets: the words that made it, and its folder."""
+    """A finished evaluation on two sets: the words that made it, and its folder."""
     folder = tmp_path_factory.mktemp("evaluation")
     rows = preferences(12)
-    rows[3]["rejected"] = message(" ")
+    rows[3]["rejected"] = message("x" * 300)
+    rows.append({**rows[0], "id": "empty", "chosen": message(" ")})
     path = write_preferences(folder / "in.parquet", rows)
     other = write_preferences(folder / "other.parquet", preferences(4))
-    argv = words(reward_model, path, folder / "out", f"agreement.grammar={other}")
+    argv = words(reward_model, path, folder / "out", "sets.1.name=grammar", f"sets.1.input={other}")
     main(argv)
     return argv, folder / "out"
+
+
+ROWS = "rows/reward_model/preference"
 
 
 @pytest.mark.ray
 def test_job_writes_rows_metrics_and_page(evaluated):
     _, out = evaluated
-    rewarded = read_table(str(out / "rows" / "preferences")).to_pylist()
-    assert [row["id"] for row in rewarded] == [f"r{i}" for i in range(12)]
+    rewarded = read_table(str(out / ROWS)).to_pylist()
+    assert [(row["set"], row["id"]) for row in rewarded] == [("preferences", f"r{i}") for i in range(12)] + [
+        ("grammar", f"r{i}") for i in range(4)
+    ]
     assert rewarded[3]["rejected_reward"] is None
-    assert rewarded[3]["status"] == {"reward_model": ["ok", "empty"]}
+    assert rewarded[3]["status"] == {"reward_model": ["ok", "overlength"]}
     metrics = json.loads((out / "metrics.json").read_text())
-    assert set(metrics) == {"preferences", "grammar"}
-    scored = [row for row in rewarded if row["rejected_reward"] is not None]
+    assert set(metrics) == {"reward_model"} and set(metrics["reward_model"]) == {"preferences", "grammar"}
+    found = metrics["reward_model"]["preferences"]
+    scored = [row for row in rewarded[:12] if row["rejected_reward"] is not None]
     hits = sum(row["chosen_reward"] > row["rejected_reward"] for row in scored)
-    assert metrics["preferences"]["num_rows"] == 11
-    assert metrics["preferences"]["num_unscored"] == 1
-    assert metrics["preferences"]["accuracy"] == pytest.approx(hits / 11)
-    assert metrics["grammar"]["num_rows/en-de"] == 2
+    assert found["num_rows"] == 11
+    assert found["num_unscored"] == 1
+    assert found["accuracy"] == found["score"] == pytest.approx(hits / 11)
+    assert metrics["reward_model"]["grammar"]["num_rows/en-de"] == 2
     mark = json.loads((out / "run.json").read_text())
     assert mark["metrics"] == metrics
-    assert mark["verified"] is False
-    assert set(mark["inputs"]) == {"input", "reward_model.model", "agreement.grammar"}
-    assert "Agreement with grammar" in (out / "report.html").read_text()
+    assert set(mark["inputs"]) == {"sets.0.input", "sets.1.input", "reward_models.0.model"}
+    (counts, _) = json.loads((out / "sets" / "run.json").read_text())["sets"].values()
+    assert counts["dropped"] == {"empty_content": 1}
+    page = (out / "report.html").read_text()
+    assert "grammar" in page and "empty_content" in page
+
+
+@pytest.mark.ray
+def test_results_and_exports_tell_the_same(evaluated, reward_model):
+    _, out = evaluated
+    results = read_results(str(out)).to_pylist()
+    rewarded = read_table(str(out / ROWS)).to_pylist()
+    for result, row in zip(results, rewarded, strict=True):
+        assert result["rewards"] == [row["chosen_reward"], row["rejected_reward"]]
+        assert result["credit"] == pair_credit(row["chosen_reward"], row["rejected_reward"])
+        assert result["lengths"] == [len(row["chosen"][0]["content"]), len(row["rejected"][0]["content"])]
+        assert (result["model"], result["model_type"]) == ("reward_model", "Seq. Classifier")
+    assert results[3]["credit"] is None and results[3]["status"] == "overlength"
+    lines = (out / "exports" / "grammar" / f"{path_of(reward_model)}_outputs.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    assert len(lines) == 4 and first["scores_chosen"] == pytest.approx(rewarded[12]["chosen_reward"])
+    assert first["results"] == results[12]["credit"]
 
 
 @pytest.mark.ray
@@ -184,7 +224,7 @@ def test_rewards_are_those_of_plain_transformers(evaluated, reward_model):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     model, tokenizer = (c.from_pretrained(reward_model) for c in (AutoModelForSequenceClassification, AutoTokenizer))
-    for row in read_table(str(evaluated[1] / "rows" / "grammar")).to_pylist():
+    for row in read_table(str(evaluated[1] / ROWS)).to_pylist()[12:]:
         for side in ("chosen", "rejected"):
             text = f"{row['prompt'][0]['content']} {row[side][0]['content']}</s>"
             ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
@@ -196,11 +236,11 @@ def test_rewards_are_those_of_plain_transformers(evaluated, reward_model):
 @pytest.mark.ray
 def test_finished_evaluation_is_not_done_again(evaluated, capsys):
     argv, out = evaluated
-    before = (out / "rows" / "preferences" / "run.json").stat().st_mtime_ns
+    before = (out / ROWS / "run.json").stat().st_mtime_ns
     main(argv)
     printed = capsys.readouterr().out
     assert "en-de" in printed and str(out / "report.html") in printed
-    assert (out / "rows" / "preferences" / "run.json").stat().st_mtime_ns == before
+    assert (out / ROWS / "run.json").stat().st_mtime_ns == before
     with pytest.raises(OutputExistsError, match="num_resamples"):
         main([*argv, "bootstrap.num_resamples=60"])
 
@@ -210,10 +250,10 @@ def test_killed_run_goes_on_with_the_missing_shards(evaluated, tmp_path, capsys)
     argv, finished = evaluated
     out = tmp_path / "out"
     shutil.copytree(finished, out)
-    for name in ("run.json", "metrics.json", "report.html", "rows/preferences/run.json"):
+    for name in ("run.json", "metrics.json", "report.html", f"{ROWS}/run.json"):
         (out / name).unlink()
-    shards = sorted((out / "rows" / "preferences").glob("*.parquet"))
-    assert len(shards) == 3
+    shards = sorted((out / ROWS).glob("*.parquet"))
+    assert len(shards) == 4
     shards[1].unlink()
     kept = shards[0].stat().st_mtime_ns
     main([*argv, f"output={out}"])
@@ -229,9 +269,9 @@ def test_a_set_without_held_out_groups_is_refused(tmp_path, reward_model):
     files.write_json(f"{model}/rayrm.json", {"config": {"training": {"held_out_fraction": 0.3, "seed": 5}}})
     trained_on = next(f"g{i}" for i in range(40) if not is_held_out(f"g{i}", 0.3, 5))
     path = write_preferences(tmp_path / "seen.parquet", preferences(3, group=trained_on))
-    with pytest.raises(EvaluationError, match="holds no row of a group"):
+    with pytest.raises(EvaluationError, match="held out"):
         main(words(str(model), path, tmp_path / "out", "split=held_out"))
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.ray
@@ -244,7 +284,7 @@ def test_only_held_out_groups_count(ray_cluster, tmp_path, reward_model):
     try:
         main(words(str(tmp_path / "model"), path, tmp_path / "out", "split=held_out"))
         expected = {f"r{i}" for i in range(40) if is_held_out(f"g{i}", 0.3, 5)}
-        rewarded = read_table(str(tmp_path / "out" / "rows" / "preferences"))
+        rewarded = read_table(str(tmp_path / "out" / ROWS))
         assert set(rewarded["id"].to_pylist()) == expected
         assert "whose groups it was never trained on" in (tmp_path / "out" / "report.html").read_text()
     finally:
@@ -254,7 +294,7 @@ def test_only_held_out_groups_count(ray_cluster, tmp_path, reward_model):
 @pytest.mark.ray
 def test_too_many_failed_rewards_end_the_job(ray_cluster, tmp_path, reward_model):
     rows = preferences(4)
-    rows[0]["rejected"] = rows[1]["rejected"] = message("")
+    rows[0]["rejected"] = rows[1]["rejected"] = message("y" * 300)
     path = write_preferences(tmp_path / "in.parquet", rows)
     with pytest.raises(EvaluationError, match=r"2 of 8 scores .* max_failed_fraction"):
         main(words(reward_model, path, tmp_path / "out"))
@@ -416,11 +456,17 @@ def test_job_evaluates_a_model_that_compares_on_rows_with_tools(kind, tmp_path, 
     for index, row in enumerate(rows):
         row["tools"] = '[{"name": "search"}]' if index % 2 else None
     path = write_preferences(tmp_path / "in.parquet", rows)
-    main([f"input={path}", f"output={tmp_path}/out", f"reward_model.model={kind}", "bootstrap.num_resamples=50"])
-    rewarded = read_table(f"{tmp_path}/out/rows/preferences").to_pylist()
-    assert [row["tools"] for row in rewarded] == [row["tools"] for row in rows]
+    given = ["reward_models.0.type=reward_model", f"reward_models.0.model={kind}", "bootstrap.num_resamples=50"]
+    main([f"sets.0.input={path}", f"output={tmp_path}/out", *given])
+    rewarded = read_table(f"{tmp_path}/out/{ROWS}").to_pylist()
+    tools = [None if row["tools"] is None else json.loads(row["tools"]) for row in rewarded]
+    assert tools == [[{"name": "search"}] if index % 2 else None for index in range(6)]
     assert all(math.exp(r["chosen_reward"]) + math.exp(r["rejected_reward"]) == pytest.approx(1) for r in rewarded)
-    metrics = files.read_json(f"{tmp_path}/out/metrics.json")["preferences"]
+    metrics = files.read_json(f"{tmp_path}/out/metrics.json")["reward_model"]["preferences"]
     hits = sum(row["chosen_reward"] > row["rejected_reward"] for row in rewarded)
     assert metrics["accuracy"] == pytest.approx(hits / 6) and metrics["num_unscored"] == 0
-    assert files.read_json(f"{tmp_path}/out/run.json")["verified"] is True
+    assert files.read_json(f"{tmp_path}/out/run.json")["verified"] == {"reward_model": True}
+    lists = tmp_path / "lists.jsonl"
+    lists.write_text(json.dumps({"prompt": "Why?", "chosen": ["So."], "rejected": ["No."]}) + "\n")
+    with pytest.raises(ConfigError, match="compares two completions, and the sets hold best_of rows"):
+        main([f"sets.0.input={lists}", f"output={tmp_path}/lists", *given])

@@ -70,15 +70,23 @@ def _point_interval(bounds: Sequence[float]) -> str:
 
 
 def build_report(
-    sets: Sequence[RewardedSet], lead: str, facts: dict[str, str], bootstrap: BootstrapConfig, num_examples: int
+    sets: Sequence[RewardedSet],
+    lead: str,
+    facts: dict[str, str],
+    bootstrap: BootstrapConfig,
+    num_examples: int,
+    overview: Sequence[Section] = (),
 ) -> Report:
-    """The page: the first set with figures and examples, then each further set with its table and figures."""
-    main, *further = sets
-    sections = [_numbers(main, bootstrap, "Accuracy"), Section("Figures", [_figures(main)])]
-    if num_examples:
-        sections.append(Section("Examples", _examples(main, num_examples)))
-    sections += [_numbers(other, bootstrap, f"Agreement with {other.name}", [_figures(other)]) for other in further]
-    tiles = [*_tiles(main), *(_accuracy_tile(other, f"Agreement with {other.name}") for other in further)]
+    """The page: `overview`, the first set with figures and examples, then each further set with its table and figures."""
+    sections, tiles = list(overview), []
+    for main in sets[:1]:
+        sections += [_numbers(main, bootstrap, "Accuracy"), Section("Figures", [_figures(main)])]
+        tiles += _tiles(main)
+        if num_examples:
+            sections.append(Section("Examples", _examples(main, num_examples)))
+    for other in sets[1:]:
+        sections.append(_numbers(other, bootstrap, other.name, [_figures(other)]))
+        tiles.append(_accuracy_tile(other, other.name))
     return Report("Reward model evaluation", lead, tiles, facts, sections)
 
 

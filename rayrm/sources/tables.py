@@ -56,7 +56,8 @@ def _load_dataset(path: str, split: str, config: str | None) -> Any:
         else:
             found = datasets.load_dataset(path, name=config, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
+        cause = error.__cause__ or error
+        reason = (str(cause).strip() or repr(cause)).splitlines()[0].rstrip(".")
         raise ConfigError(
             f"There is no dataset at '{path}' with split '{split}' and config '{config}', nor does the hub give one: "
             f"{reason}."
