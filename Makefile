@@ -27,18 +27,21 @@ types: $(READY)
 	$(BIN)/mypy
 
 test: lint types
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not api"
 
 test-slow: $(READY)
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow and not api"
 
 bench: $(READY)
 	$(BIN)/python benchmarks/bleurt.py
+	$(BIN)/python benchmarks/judging.py
 	$(BIN)/python benchmarks/pairing.py
 	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/scoring.py
 	$(BIN)/python benchmarks/ray_data.py
 	$(BIN)/python benchmarks/reward_training.py
 	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/translation.py
 
 lock: $(READY)
 	$(BIN)/pip install --quiet uv

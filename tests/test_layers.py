@@ -27,7 +27,7 @@ LAYERS = [
         "retrying",
         "help",
     ],
-    ["shards", "rows"],
+    ["shards", "rows", "quarantine"],
     ["runs"],
     ["prompts", "models", "client"],
     ["sources", "translation", "sampling", "cleaning", "scoring", "rewarding", "pairing", "instructing"],

@@ -48,8 +48,8 @@ def random_sentences(num, seed=0):
     return [" ".join(rng.choices(WORDS, k=rng.randint(1, 18))) + "." for _ in range(num)]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def save_model(path, **generation):
+    """Save a model with random weights in `path`, and these settings for its generation."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import M2M100Config, M2M100ForConditionalGeneration, NllbTokenizer
 
@@ -79,10 +79,15 @@ def checkpoint(tmp_path_factory):
         tie_word_embeddings=False,
     )
     network = M2M100ForConditionalGeneration(config)
-    network.generation_config.max_length = 200
-    path = tmp_path_factory.mktemp("nllb")
+    network.generation_config.update(max_length=200, **generation)
     network.save_pretrained(path)
     tokenizer.save_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("nllb")
+    save_model(path)
     return path
 
 

@@ -7,11 +7,12 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import Field
 
-from rayrm import files
+from rayrm import files, runs
 from rayrm.config import TEMPLATE, load_config
 from rayrm.errors import ConfigError, EvaluationError, OutputExistsError, SchemaError
+from rayrm.quarantine import quarantine_path, read_dropped
 from rayrm.rows import Candidates, Prompt, RowType, map_rows, map_table
-from rayrm.runs import RowsJob, start_run, transform_rows
+from rayrm.runs import Committing, RowsJob, shard_path, start_run, transform_rows
 from rayrm.shards import list_shards, read_shard, read_table
 
 
@@ -100,6 +101,69 @@ def test_another_config_or_input_is_refused_by_field(folder, ray_cluster):
     with pytest.raises(OutputExistsError, match=r"inputs\.input"):
         run(config, folder / "calls")
     assert read_table(str(folder / "out")).num_rows == 45
+
+
+class Doubling(RowsJob):
+    """Two rows of each, and what is dropped is kept."""
+
+    keeps_dropped = True
+
+    def rows_per_row(self):
+        return 2
+
+
+def double(table):
+    table = map_table(table, answer, None, ["id"], Candidates)
+    return pa.concat_tables([table, table])
+
+
+@pytest.mark.ray
+def test_a_stage_may_make_several_rows_of_each_and_keep_what_it_drops(folder, ray_cluster):
+    config = Doubling(input=str(folder / "rows.parquet"), output=str(folder / "out"), shard_rows=16)
+
+    def run_doubled():
+        return transform_rows(
+            config, Prompt, Candidates, lambda rows: rows.map_batches(double, batch_format="pyarrow", batch_size=None)
+        )
+
+    counts = {"read": 50, "written": 90, "dropped": {"fifth": 10, "tenth": 10}, "status": {}}
+    assert run_doubled()["counts"] == counts
+    names = [f"shard-0000{i}-of-00004.json" for i in range(4)]
+    assert sorted(path.name for path in (folder / "out" / "quarantine").iterdir()) == names
+    dropped = list(read_dropped(config.output))
+    assert [row["id"] for row in dropped] == ["r0", "r10", "r0", "r10", "r20", "r30", "r20", "r30", "r40", "r40"]
+    assert dropped[0] == {
+        **{"id": "r0", "group": "g0", "prompt": [{"role": "user", "content": "text 0"}], "lang": "de", "extra": 0},
+        **dict.fromkeys(["source", "reference", "anchor", "src_lang", "tgt_lang", "subset", "candidates"]),
+        "dropped": ["tenth"],
+    }
+    assert read_table(config.output).num_rows == 90, "the quarantine is not read as rows"
+
+    (folder / "out" / "run.json").unlink()
+    (folder / "out" / "shard-00001-of-00004.parquet").unlink()
+    assert run_doubled()["counts"] == counts
+    assert list(read_dropped(config.output)) == dropped
+
+
+def test_dropped_rows_are_in_the_quarantine_before_their_shard_is_in_place(tmp_path, monkeypatch):
+    committing = Committing(str(tmp_path), 3, 1, keeps_dropped=True)
+    table = map_table(Prompt.conform(prompts(12)), answer, None, ["id"], Candidates)
+    shard, quarantine = shard_path(str(tmp_path), 0, 3), quarantine_path(str(tmp_path), 0, 3)
+
+    def fail(*_):
+        raise OSError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.pq, "write_table", fail)
+        with pytest.raises(OSError, match="power cut"):
+            runs._commit_block(table, committing, Candidates, [12, 12, 12])
+    assert files.exists(quarantine) and not files.exists(shard)
+    # The next try finds other faults.
+    fewer = table.set_column(table.column_names.index("_kept"), "_kept", pa.array([True] * 12))
+    assert runs._commit_block(fewer, committing, Candidates, [12, 12, 12])["num_rows"].to_pylist() == [12]
+    assert files.exists(shard) and list(read_dropped(str(tmp_path))) == []
+    with pytest.raises(RuntimeError, match="shard 0 came with 12 of its 24 rows"):
+        runs._commit_block(table, committing._replace(rows_per_row=2), Candidates, [12, 12, 12])
 
 
 class Templated(RowsJob):

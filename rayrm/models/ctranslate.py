@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from itertools import groupby
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from rayrm.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 MODEL_FILE = "model.bin"
 
@@ -28,6 +29,8 @@ class CTranslate2Engine:
     """
 
     def __init__(self, folder: str, tokenizer: Any, device: str, dtype: torch.dtype | None) -> None:
+        import torch
+
         try:
             import ctranslate2
         except ImportError as error:

@@ -6,21 +6,24 @@ import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from math import ceil
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import torch
 from pydantic import Field
 
 from rayrm.batching import token_batches
 from rayrm.config import NOT_IDENTITY, Config
 from rayrm.errors import CheckpointError, ConfigError, ResourceError
 from rayrm.languages import LANGUAGES
-from rayrm.models.cpu import keep_freed_memory, use_onednn
 from rayrm.models.ctranslate import CTranslate2Engine, is_converted
 from rayrm.models.folders import load_tokenizer, local_model
 
+if TYPE_CHECKING:
+    import torch
+
 EXTRA_NEW_TOKENS = 32
 """New tokens that even the shortest sentence may get."""
+MAX_TOKENS = 512
+"""Longest sentences that NLLB was trained with."""
 _LANGUAGE_CODE = re.compile(r"[a-z]{2,3}_[A-Z][A-Za-z]{1,3}")
 
 
@@ -52,6 +55,8 @@ class Translator(NamedTuple):
 
     engine: Engine
     tokenizer: Any
+    max_tokens: int = MAX_TOKENS
+    """Most tokens of a sentence, special ones included, that the model was made for."""
 
 
 class Translation(NamedTuple):
@@ -70,6 +75,8 @@ def load_translator(path: str, device: str | None = None, dtype: torch.dtype | N
     missing or unreadable, when weights are missing or of another shape, or when the tokenizer has no language codes
     or more tokens than the model.
     """
+    import torch
+
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = local_model(path)
     network = None if is_converted(folder) else _load_network(path, folder, device, dtype)
@@ -82,11 +89,15 @@ def load_translator(path: str, device: str | None = None, dtype: torch.dtype | N
         raise CheckpointError(
             f"The tokenizer of '{path}' has {len(tokenizer)} tokens and its model only {network.config.vocab_size}."
         )
-    return Translator(TransformersEngine(network, tokenizer), tokenizer)
+    positions = getattr(network.config, "max_position_embeddings", MAX_TOKENS)
+    return Translator(TransformersEngine(network, tokenizer), tokenizer, min(MAX_TOKENS, positions))
 
 
 def _load_network(path: str, folder: str, device: str, dtype: torch.dtype | None) -> Any:
+    import torch
     from transformers import AutoModelForSeq2SeqLM
+
+    from rayrm.models.cpu import keep_freed_memory, use_onednn
 
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     try:
@@ -168,6 +179,11 @@ def translate_sentences(
     return [done[sentence] for sentence in sentences]
 
 
+def count_tokens(translator: Translator, sentence: str) -> int:
+    """Tokens of a sentence as the model reads it, its language code and end included."""
+    return len(translator.tokenizer(sentence, truncation=False, split_special_tokens=True, verbose=False)["input_ids"])
+
+
 def _translate_batch(
     translator: Translator, rows: list[list[int]], target: int, decoding: Decoding
 ) -> list[Translation]:
@@ -192,7 +208,7 @@ def _translate_batch(
 
 
 def _generate(translator: Translator, rows: list[list[int]], target: int, decoding: Decoding) -> list[Translation]:
-    engine, tokenizer = translator
+    engine, tokenizer = translator.engine, translator.tokenizer
     bounds = [max_new_tokens(len(row), decoding) for row in rows]
     generated = engine.generate(rows, target, bounds, decoding.num_beams)
     texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
@@ -205,6 +221,8 @@ class _OwnBounds:
     """Stops each sentence of a batch at its own bound, as if it were alone."""
 
     def __init__(self, bounds: Sequence[int], device: Any) -> None:
+        import torch
+
         # The decoder's first token is no new one.
         self.lengths = torch.tensor(bounds, device=device) + 1
 
@@ -220,21 +238,23 @@ class TransformersEngine:
         self.network = network
         self.pad_id, self.end_id = tokenizer.pad_token_id, tokenizer.eos_token_id
 
-    @torch.inference_mode()
     def generate(self, rows: list[list[int]], target: int, bounds: list[int], num_beams: int) -> list[list[int]]:
         """As `Engine.generate`. Rows are padded on the right, and the padding is masked."""
+        import torch
+
         longest = max(map(len, rows))
         ids = torch.tensor([row + [self.pad_id] * (longest - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        generated = self.network.generate(
-            input_ids=ids.to(self.network.device),
-            attention_mask=mask.to(self.network.device),
-            forced_bos_token_id=target,
-            max_new_tokens=max(bounds),
-            num_beams=num_beams,
-            do_sample=False,
-            stopping_criteria=[_OwnBounds(bounds, self.network.device)],
-        )
+        with torch.inference_mode():
+            generated = self.network.generate(
+                input_ids=ids.to(self.network.device),
+                attention_mask=mask.to(self.network.device),
+                forced_bos_token_id=target,
+                max_new_tokens=max(bounds),
+                num_beams=num_beams,
+                do_sample=False,
+                stopping_criteria=[_OwnBounds(bounds, self.network.device)],
+            )
         # NLLB's decoder starts from the end token.
         return [self._cut(row[1 : bound + 1]) for row, bound in zip(generated.tolist(), bounds, strict=True)]
 

@@ -9,7 +9,8 @@ from functools import lru_cache
 from pydantic import Field
 
 from rayrm.config import Config
-from rayrm.languages import LANGUAGES, script_fraction, unicode_scripts
+from rayrm.languages import script_fraction, unicode_scripts
+from rayrm.translation.codes import short_code
 
 _DENSE_CHARACTER = 2.5
 """Letters of an alphabet that say as much as one Chinese, Japanese or Korean character."""
@@ -21,7 +22,6 @@ _NGRAM = 8
 """Letters in a row that two languages seldom share but in names."""
 _MIN_LETTERS = 20
 """Fewest letters of a translation that can be told from a name or a loan word."""
-_ISO_CODES = {language.flores: code for code, language in LANGUAGES.items()}
 
 
 class TranslationChecks(Config):
@@ -51,7 +51,7 @@ def find_faults(source: str, translation: str, tgt_lang: str, checks: Translatio
     if not translation.strip():
         return ["empty"] if source.strip() else []
     ratio = (_measure(translation) + _SLACK) / (_measure(source) + _SLACK)
-    scripts = unicode_scripts(_ISO_CODES.get(tgt_lang, tgt_lang))
+    scripts = unicode_scripts(short_code(tgt_lang))
     found = {
         "length_ratio": not checks.min_length_ratio <= ratio <= checks.max_length_ratio,
         "repetition": longest_loop(translation) - longest_loop(source) > checks.max_loop,
