@@ -9,6 +9,7 @@ import pytest
 from jobs import write_corpus
 from rayrm.config import build_config
 from rayrm.errors import ConfigError
+from rayrm.rows import Preference
 from rayrm.scoring.grammar import GrammarScorer, GrammarScoring, count_errors
 from rayrm.shards import read_table
 from rayrm.sources.grammar import (
@@ -21,6 +22,7 @@ from rayrm.sources.grammar import (
     render_sentence,
     write_sentences,
 )
+from rayrm.sources.grammar_pairs import spoil
 
 
 def entry(kind, english):
@@ -153,3 +155,27 @@ def test_job_writes_the_corpus_once(tmp_path):
     assert json.loads((tmp_path / "corpus" / "run.json").read_text())["counts"] == {"written": 20}
     write_corpus.main(words)
     assert path.stat().st_mtime_ns == written
+
+
+def test_pairs_are_the_same_in_every_language(tmp_path):
+    write_corpus.main([f"output={tmp_path / 'pairs'}", "rows=preferences", "grammar.num_sentences=30"])
+    Preference.check_files(str(tmp_path / "pairs"))
+    rows = read_table(str(tmp_path / "pairs")).to_pylist()
+    assert len(rows) == 30 * 4 and {row["lang"] for row in rows} == {"en", "de", "ru", "es"}
+    for row in rows:
+        right, wrong = row["chosen"][0]["content"], row["rejected"][0]["content"]
+        assert row["prompt"][0]["content"] == right != wrong
+        words, spoilt = right.lower().removesuffix(".").split(), wrong.lower().removesuffix(".").split()
+        if row["subset"] == "swapped":
+            assert sorted(words) == sorted(spoilt)
+        elif row["subset"] == "dropped":
+            assert len(words) == len(spoilt) + 1 and not set(spoilt) - set(words)
+    subsets = {(row["id"], row["subset"]) for row in rows}
+    assert len(subsets) == 30
+
+
+def test_a_sentence_is_spoilt_at_its_place():
+    assert spoil("The old man sleeps.", "dropped", 0.0) == "Old man sleeps."
+    assert spoil("The old man sleeps.", "dropped", 0.99) == "The old sleeps."
+    assert spoil("The old man sleeps.", "swapped", 0.0) == "Old the man sleeps."
+    assert spoil("The old man sleeps.", "swapped", 0.99) == "The old sleeps man."

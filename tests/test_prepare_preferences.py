@@ -13,8 +13,8 @@ from rayrm.errors import ConfigError, OutputExistsError, SchemaError
 from rayrm.rows import Preference, Rated, Stepwise
 from rayrm.seeds import seed_of
 from rayrm.shards import iter_tables, list_files, list_shards, read_schemas, read_shard, read_table
-from rayrm.sources.preferences import PreferenceSource, SourceColumns
 from rayrm.sources.kinds import COMMON, ROW_KINDS, make_row
+from rayrm.sources.preferences import PreferenceSource, SourceColumns
 from rayrm.sources.validation import REASONS, InvalidRow
 
 

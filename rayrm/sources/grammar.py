@@ -172,14 +172,14 @@ class GrammarConfig(Config):
     num_sentences: int = Field(1200, ge=1, le=1_000_000)
     """Different English sentences; each stands once in every language pair and direction."""
     languages: tuple[str, ...] = FOREIGN
-    """Languages beside English."""
+    """Languages beside English; preferences may do without any."""
     seed: int = 0
     """Seed of the draw of sentences."""
 
     @field_validator("languages")
     @classmethod
     def _check_languages(cls, languages: tuple[str, ...]) -> tuple[str, ...]:
-        if not languages or not set(languages) <= set(FOREIGN):
+        if not set(languages) <= set(FOREIGN):
             raise ValueError(f"the grammar has {', '.join(FOREIGN)}")
         return languages
 
@@ -201,7 +201,7 @@ def draw_meanings(config: GrammarConfig) -> Iterator[Meaning]:
     rng = random.Random(config.seed)
     seen: set[Meaning] = set()
     while len(seen) < config.num_sentences:
-        meaning = _draw(rng)
+        meaning = draw_meaning(rng)
         if meaning not in seen:
             seen.add(meaning)
             yield meaning
@@ -267,7 +267,9 @@ _LEXICON = {
 }
 
 
-def _draw(rng: random.Random) -> Meaning:
+def draw_meaning(rng: random.Random) -> Meaning:
+    """Any meaning."""
+
     def pick(name: str) -> Entry:
         return rng.choice(_LEXICON[name])
 
