@@ -15,7 +15,9 @@ from conftest import free_port
 from safetensors.torch import load_file, save_file
 from test_train_reward_model import data, make_job  # noqa: F401
 
+from jobs import evaluate_reward_model
 from rayrm.config import build_config
+from rayrm.evaluation.results import read_results
 from rayrm.models.folders import read_mark
 from rayrm.models.rewarder import load_rewarder
 from rayrm.serving.config import RewardService
@@ -179,3 +181,34 @@ def test_clients_that_leave_or_dawdle_hurt_nobody(serve, served_model):
     began = time.monotonic()
     assert reward_of(httpx.post(f"{serve}/v1/rewards", json=body_of(6), timeout=60)) is not None
     assert time.monotonic() - began < 10
+
+
+def test_evaluations_in_process_by_actors_and_by_http_agree(serve, served_model, tmp_path):
+    deploy(served_model)
+    rows = []
+    for number in range(40):
+        sides = {"chosen": f"good {number} " * (number % 7 + 1), "rejected": "bad " * (number % 5 + 1)}
+        rows.append({"id": str(number), "prompt": f"the cat {number}", "lang": ["de", "en"][number % 2], **sides})
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "output": str(tmp_path / "out"),
+        "sets": [{"input": str(tmp_path / "pairs.jsonl")}],
+        "shard_rows": 16,
+        "bootstrap": {"num_resamples": 20},
+        "reward_models": [
+            {"type": "reward_model", "name": "actors", "model": served_model, "workers": {"num_workers": 2}},
+            {"type": "service", "name": "http", "endpoint": serve, "model": "small", "workers": {"num_cpus": 0.5}},
+        ],
+    }
+    evaluate_reward_model.main([f"{name}={json.dumps(value)}" for name, value in config.items()])
+    found = {(r["model"], r["id"]): r for r in read_results(str(tmp_path / "out")).to_pylist()}
+    rewarder = load_rewarder(served_model)
+    for row in rows:
+        prompt = [{"role": "user", "content": row["prompt"]}]
+        own = [reward for reward, _ in rewarder.rewards([(prompt, row[side]) for side in SIDES])]
+        actors, http = found["actors", row["id"]], found["http", row["id"]]
+        assert actors["rewards"] == pytest.approx(own, abs=1e-4) and http["rewards"] == pytest.approx(own, abs=1e-4)
+        if abs(own[0] - own[1]) > 1e-4:
+            assert actors["credit"] == http["credit"] == float(own[0] > own[1])
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["actors"]["preferences"]["score/de"] == metrics["http"]["preferences"]["score/de"]
