@@ -12,6 +12,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -143,23 +144,30 @@ class Question(NamedTuple):
 
 def judge_messages(judging: Judging, template: str, question: Question, placing: Placing) -> list[Message]:
     """A system and a user turn that ask for a verdict."""
-    from jinja2 import StrictUndefined
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
     lettered = [(LETTERS[place], question.answers[number]) for place, number in enumerate(placing.order)]
-    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-    # Each part is rendered alone, so that a line ===== in an answer separates nothing.
     parts = [
-        environment.from_string(part).render(
+        part.render(
             prompt=list(question.prompt),
             answers=lettered,
             source_language=question.source_language,
             target_language=question.target_language,
             wants_reasons=judging.method == "text",
         )
-        for part in template.split(SEPARATOR, 1)
+        for part in _parts(template)
     ]
     return [{"role": "system", "content": parts[0].strip()}, {"role": "user", "content": parts[1].strip()}]
+
+
+@lru_cache(maxsize=32)
+def _parts(template: str) -> tuple[Any, Any]:
+    """The templates of the system turn and of the user turn."""
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    # Each part is rendered alone, so that a line ===== in an answer separates nothing.
+    instruction, judged = template.split(SEPARATOR, 1)
+    return environment.from_string(instruction), environment.from_string(judged)
 
 
 def labels(judging: Judging, num_answers: int) -> list[str]:

@@ -1,0 +1,163 @@
+"""What judges said, as files, metrics and a table."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayrm import files
+from rayrm.evaluation.answers import Ledger
+from rayrm.evaluation.benchmarks import BENCHMARKS, count_verdicts
+from rayrm.evaluation.cases import Case
+from rayrm.evaluation.exports import Evaluated, Measured, write_translated_verdicts
+from rayrm.evaluation.judging import Verdict
+from rayrm.evaluation.report import Table
+from rayrm.evaluation.results import JUDGE, Score, by_model_and_language, score_results
+from rayrm.languages import LANGUAGES
+from rayrm.rows import NUMBERS, TEXTS, RowType
+
+PANEL = "panel"
+"""What the panel is called beside the judges."""
+PANEL_TYPE = f"{JUDGE} PoLL"
+"""What RewardBench calls a panel of judges."""
+_INTEGERS = pa.list_(pa.int64())
+Judged = RowType(
+    "Judged",
+    {
+        "id": pa.string(),
+        "group": pa.string(),
+        "lang": pa.string(),
+        "subset": pa.string(),
+        "winner": pa.int64(),
+        "status": pa.string(),
+        "credit": pa.float64(),
+        "ratings": _INTEGERS,
+        "probabilities": NUMBERS,
+        "is_consistent": pa.bool_(),
+        "orders": pa.list_(_INTEGERS),
+        "verdicts": _INTEGERS,
+        "statuses": TEXTS,
+        "texts": TEXTS,
+        "detail": pa.string(),
+    },
+    ("subset", "winner", "credit", "ratings", "probabilities", "is_consistent", "detail"),
+)
+"""What a judge said of a row; the columns are those of `Verdict`, and answers are numbered with the right ones first."""
+Pairs = Sequence[tuple[Case, Verdict]]
+
+
+def write_judged(path: str, judged: Pairs) -> None:
+    """Write the rows of one judge."""
+    rows = [
+        {"id": case.id, "group": case.group, "lang": case.lang, "subset": case.subset, **verdict._asdict()}
+        for case, verdict in judged
+    ]
+    schema = pa.schema([(name, kind) for name, kind in Judged.columns.items() if kind is not None])
+    with files.atomic_file(path) as handle:
+        pq.write_table(pa.Table.from_pylist(rows, schema), handle)
+
+
+def measure_judge(judged: Pairs, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The metrics of one judge, then those of each language behind a slash; `rows` are its Result rows.
+
+    `accuracy` is the mean credit, null without any; `score` that of the benchmark, where there is one. The counts are of
+    rows: with a verdict, with an answer and none, without an answer (failed), and not asked. `consistent_fraction` is
+    of the rows with two orders that can be read, `first_place_fraction` of the verdicts for the answer that stood
+    first: one half of pairs for a judge that does not look at the place.
+    """
+    found = _measure(judged, rows)
+    for lang in sorted({case.lang for case, _ in judged}):
+        part = _measure([each for each in judged if each[0].lang == lang], [row for row in rows if row["lang"] == lang])
+        found |= {f"{name}/{lang}": value for name, value in part.items()}
+    return found
+
+
+def _measure(judged: Pairs, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    asked = [verdict for case, verdict in judged if not case.fault]
+    # Where all ratings are there, several best ones are an answer and no lack of one.
+    winners = [0 if verdict.ratings is not None and verdict.status == "ok" else verdict.winner for verdict in asked]
+    consistent = [verdict.is_consistent for verdict in asked if verdict.is_consistent is not None]
+    firsts = [
+        named == order[0]
+        for verdict in asked
+        if verdict.ratings is None
+        for named, order in zip(verdict.verdicts, verdict.orders, strict=False)
+        if named is not None
+    ]
+    credits = [row["credit"] for row in rows if row["credit"] is not None]
+    score = score_results([dict(row) for row in rows])
+    measured: dict[str, Any] = {
+        "accuracy": _mean(credits),
+        "num_rows": len(judged),
+        **count_verdicts(winners, [verdict.status for verdict in asked]),
+        "num_not_asked": len(judged) - len(asked),
+        "consistent_fraction": _mean(consistent),
+        "first_place_fraction": _mean(firsts),
+    }
+    if score.benchmark is not None:
+        measured |= {"score": score.score, "sections": score.benchmark.sections}
+    return measured
+
+
+def summary_table(metrics: Mapping[str, Mapping[str, Any]], languages: Sequence[str]) -> Table:
+    """A line for each judge and language, and for all of a judge's languages where there are several."""
+    has_score = any("score" in found for found in metrics.values())
+    header = ["judge", "language", *(["score"] if has_score else []), "accuracy"]
+    header += ["rows", "no verdict", "failed", "not asked", "consistent", "first place"]
+    rows = []
+    for judge, found in metrics.items():
+        for lang in [*languages, *([""] if len(languages) > 1 else [])]:
+            suffix = f"/{lang}" if lang else ""
+            counts = [
+                f"{found[name + suffix]:,}" for name in ("num_rows", "num_no_verdict", "num_failed", "num_not_asked")
+            ]
+            shares = [_share(found[f"{name}_fraction{suffix}"]) for name in ("consistent", "first_place")]
+            score = [_share(found.get(f"score{suffix}"))] if has_score else []
+            rows.append([judge, lang or "all", *score, _share(found[f"accuracy{suffix}"]), *counts, *shares])
+    return Table(header, rows, num_labels=2)
+
+
+def ledger_table(ledgers: Mapping[str, Ledger]) -> Table:
+    """What each judge took, earlier runs of the same work included."""
+    header = ["judge", "calls", "retries", "failures", "prompt tokens", "completion tokens", "unmetered", "cost"]
+    rows = []
+    for judge, found in ledgers.items():
+        counts = [found.num_calls, found.num_retries, found.num_failures, found.prompt_tokens, found.completion_tokens]
+        cost = "unknown" if found.cost is None else f"{found.cost:.4f}"
+        rows.append([judge, *(f"{count:,}" for count in [*counts, found.num_unmetered]), cost])
+    return Table(header, rows)
+
+
+def write_exports(output: str, benchmark: str, rows: Sequence[dict[str, Any]], panel: Sequence[str]) -> None:
+    """Write M-RewardBench's file of each judge and language into `output/<FLORES-200 code>`."""
+    for model, languages in by_model_and_language(rows).items():
+        evaluated = Evaluated(model, JUDGE)
+        if model == PANEL and panel:
+            evaluated = Evaluated(f"PoLL/{'_'.join(panel)}", PANEL_TYPE)
+        for lang, found in languages.items():
+            score: Score = score_results(found)
+            code = LANGUAGES[lang].flores if lang in LANGUAGES else lang
+            sections = {} if score.benchmark is None else score.benchmark.sections
+            measured = Measured(BENCHMARKS[benchmark].dataset, code, score.subsets, sections)
+            write_translated_verdicts(files.join(output, code), evaluated, measured, [row["credit"] for row in found])
+
+
+def failed_fraction(judged: Pairs) -> float:
+    """Share of the cases that were asked about whose calls failed; 0 where nothing was asked."""
+    asked: defaultdict[bool, int] = defaultdict(int)
+    for case, verdict in judged:
+        if not case.fault:
+            asked[verdict.status in ("ok", "parse_error")] += 1
+    return asked[False] / (asked[False] + asked[True]) if asked else 0.0
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
