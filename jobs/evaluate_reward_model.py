@@ -13,10 +13,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from rayrm import files
-from rayrm.config import NOT_IDENTITY, Config, parse_args, run_job
+from rayrm.config import NOT_IDENTITY, parse_args, run_job
 from rayrm.counts import describe_counts
-from rayrm.errors import RayRMError
-from rayrm.evaluation.benchmarks import BENCHMARKS
 from rayrm.evaluation.exporting import export_model
 from rayrm.evaluation.facts import list_facts
 from rayrm.evaluation.models import EvaluatedModel, Evaluation, check_held_out, check_rows, evaluate_model, read_model
@@ -25,30 +23,20 @@ from rayrm.evaluation.preference_report import RewardedSet, build_report, measur
 from rayrm.evaluation.preferences import BootstrapConfig, flatten
 from rayrm.evaluation.report import Section, Table, format_table, write_report
 from rayrm.evaluation.results import write_results
-from rayrm.evaluation.sets import EvaluationSet, Prepared, PreparedSets, benchmark_sets, check_languages, prepare_sets
+from rayrm.evaluation.sets import EvaluatedOn, Prepared, claim_sets, prepare_sets
 from rayrm.models.folders import read_mark
-from rayrm.runs import INPUT, abandon_run, finish_run, start_run
+from rayrm.runs import finish_run, start_run
 from rayrm.scoring import PreferenceScoring, check_preference_scoring
 from rayrm.scoring.reward_model import RewardModelScoring
 
 METRICS, REPORT = "metrics.json", "report.html"
 
 
-class EvaluateRewardModel(Config):
+class EvaluateRewardModel(EvaluatedOn):
     """Reward models and what they are measured on."""
 
     reward_models: list[PreferenceScoring] = Field(min_length=1)
     """The models, each with a `name` of its own."""
-    benchmark: Literal["reward_bench", "m_reward_bench", "reward_bench_2"] | None = None
-    """How scores are put together; without `sets`, also which rows are read, from the hub."""
-    benchmark_copy: str | None = Field(None, json_schema_extra=INPUT)  # type: ignore[arg-type]
-    """Folder with copies of the benchmark's datasets, each called by the last part of its hub id; null for the hub."""
-    sets: list[EvaluationSet] = Field([])
-    """The sets; with a benchmark, rows of its subsets, such as translations of it."""
-    languages: list[str] | None = None
-    """ISO codes of the languages whose rows count; null for all."""
-    output: str = Field(json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
-    """Folder for rows, results, metrics and the page."""
     split: Literal["all", "held_out"] = "all"
     """Rows that count: all, or those whose group each reward model's own training held out."""
     bootstrap: BootstrapConfig = BootstrapConfig()
@@ -57,32 +45,18 @@ class EvaluateRewardModel(Config):
     """Worst misses and most confident hits that the page shows of the first model and set, so many of each."""
     max_failed_fraction: float = Field(0.05, ge=0, le=1, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
     """Most rewards of a model that may be null; a run with more fails at its end and keeps what it wrote."""
-    shard_rows: int = Field(512, ge=1)
-    """Rows that are committed together; what is done is never done again."""
 
     @model_validator(mode="after")
-    def _check(self) -> EvaluateRewardModel:
+    def _check_names(self) -> EvaluateRewardModel:
         names = [model.name for model in self.reward_models]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"several reward models are called '{twice[0]}'; give each a name of its own")
-        if not self.sets and self.benchmark is None:
-            raise ValueError("there is nothing to evaluate on; set benchmark or sets")
-        if self.benchmark_copy is not None and (self.benchmark is None or self.sets):
-            raise ValueError("benchmark_copy is read for a benchmark without sets only")
         return self
-
-    @property
-    def all_sets(self) -> list[EvaluationSet]:
-        """The sets, or those of the benchmark."""
-        if self.benchmark is None or self.sets:
-            return self.sets
-        return benchmark_sets(BENCHMARKS[self.benchmark], self.languages, self.benchmark_copy)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the job. Raises EvaluationError when too many rewards failed or a set has no row to measure."""
     config = parse_args(EvaluateRewardModel, argv)
-    check_languages(config.languages)
     for scoring in config.reward_models:
         check_preference_scoring(scoring)
     how = Evaluation(
@@ -94,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     report = files.join(config.output, REPORT)
     if start_run(config):
-        prepared = prepare(config)
+        prepared = claim_sets(config, lambda found: check(config, found))
         models = [evaluate_model(model, prepared, how) for model in config.reward_models]
         overview, rewarded = measure(config, models)
         metrics = list_metrics(models, overview, rewarded)
@@ -104,11 +78,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             export_model(model, config.benchmark, files.join(config.output, "exports"))
         sections = list_sections(models, overview)
         pairs = [part for parts in rewarded.values() for part in parts.values()]
-        lead, facts = describe_evaluation(config, prepared), {**list_rows(config), **list_facts(config)}
+        rows = {f"rows of {title}": describe_counts(counts) for title, counts in config.count_rows().items()}
+        lead, facts = describe_evaluation(config, prepared), {**rows, **list_facts(config)}
         write_report(report, build_report(pairs, lead, facts, config.bootstrap, config.num_examples, sections))
         finish_run(config, {"metrics": metrics, "verified": list_verified(config)})
     else:
-        prepared = prepare_sets(list_sets(config))
+        prepared = prepare_sets(config.prepared)
         models = [read_model(model, prepared, how) for model in config.reward_models]
         overview, rewarded = measure(config, models)
     for parts in rewarded.values():
@@ -120,27 +95,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\nThe page with figures and examples: {report}", flush=True)
 
 
-def prepare(config: EvaluateRewardModel) -> list[Prepared]:
-    """The rows of all sets. Gives up the output when they cannot be had, or none of them may count."""
-    try:
-        prepared = prepare_sets(list_sets(config))
-        if config.split == "held_out":
-            check_held_out(config.reward_models, prepared)
-        else:
-            check_rows(config.reward_models, prepared)
-    except RayRMError:
-        fs, inner = files.filesystem(files.join(config.output, "sets"))
-        if fs.exists(inner):
-            fs.rm(inner, recursive=True)
-        abandon_run(config)
-        raise
+def check(config: EvaluateRewardModel, prepared: list[Prepared]) -> list[Prepared]:
+    """The rows of all sets, if each model can reward some of them."""
+    if config.split == "held_out":
+        check_held_out(config.reward_models, prepared)
+    else:
+        check_rows(config.reward_models, prepared)
     return prepared
-
-
-def list_sets(config: EvaluateRewardModel) -> PreparedSets:
-    """The sets of a run, as rows of ours in its output."""
-    output = files.join(config.output, "sets")
-    return PreparedSets(sets=config.all_sets, languages=config.languages, output=output, shard_rows=config.shard_rows)
 
 
 def measure(
@@ -178,12 +139,6 @@ def list_sections(models: Sequence[EvaluatedModel], overview: Overview) -> list[
     if conversations:
         sections.append(Section("Rewards of conversations", [rewards_table(conversations)]))
     return sections
-
-
-def list_rows(config: EvaluateRewardModel) -> dict[str, str]:
-    """What was read of each set, and what was dropped for which reason."""
-    mark = files.read_json(files.join(config.output, "sets", files.RUN_MARK))
-    return {f"rows of {title}": describe_counts(counts) for title, counts in mark["sets"].items()}
 
 
 def list_verified(config: EvaluateRewardModel) -> dict[str, bool]:

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, model_validator
 
 from rayrm import files
-from rayrm.config import NOT_IDENTITY, Config, parse_args, run_job
+from rayrm.config import NOT_IDENTITY, parse_args, run_job
+from rayrm.counts import describe_counts
 from rayrm.errors import EvaluationError
 from rayrm.evaluation.answers import AnswerStore, Ledger
 from rayrm.evaluation.asking import Asking, ask_all
-from rayrm.evaluation.benchmarks import NoVerdictRule
-from rayrm.evaluation.cases import Case, read_cases, row_type_of
+from rayrm.evaluation.benchmarks import BENCHMARKS, NoVerdictRule
+from rayrm.evaluation.cases import Case, read_cases
 from rayrm.evaluation.judge_report import (
     PANEL,
     PANEL_TYPE,
@@ -34,21 +35,20 @@ from rayrm.evaluation.judges import Judge
 from rayrm.evaluation.judging import Examiner, Verdict, check_benchmark, result_rows, rule_of, vote
 from rayrm.evaluation.report import format_table
 from rayrm.evaluation.results import JUDGE, write_results
-from rayrm.runs import INPUT, finish_run, start_run
+from rayrm.evaluation.sets import EvaluatedOn, Prepared, claim_sets
+from rayrm.runs import finish_run, start_run
 from rayrm.scoring.judge import Judging
 
 METRICS = "metrics.json"
 
 
-class JudgePreferences(Config):
-    """Judges, and the rows that they are asked about."""
+class JudgePreferences(EvaluatedOn):
+    """Judges, and the sets that they are asked about.
 
-    input: str = Field(json_schema_extra=INPUT)  # type: ignore[arg-type]
-    """Preference rows, in any number of languages; for four-way judges Candidates rows with `num_correct`, the right
-    answers first, and for ratings either. Answers of rows with several right ones, and of the subset Ties, are rated by any
-    judge; such a row counts in the Ties score, and has no credit of its own."""
-    output: str = Field(json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
-    """Folder for answers, rows, results and metrics; a local or mounted one, since answers are appended."""
+    Pairwise judges take pairs, four-way judges and ratings also right and wrong answers. Rows with several right answers,
+    and those of the subset Ties, are rated by any judge; such a row counts in the Ties score, and has no credit of its own.
+    """
+
     judges: list[Judge] = Field(min_length=1)
     """Asked one after the other: `type: endpoint` with name, url, model, key_variable, max_in_flight, prompt_price and
     completion_price (of a million tokens), or `type: local` with name, model, engine and num_replicas."""
@@ -60,10 +60,6 @@ class JudgePreferences(Config):
     tell_languages: bool = False
     """Tell judges the languages of conversation and answers: src_lang and tgt_lang where a row has them and was not
     translated as a whole, else lang."""
-    name: str = "preferences"
-    """What results call this set."""
-    benchmark: Literal["reward_bench", "m_reward_bench", "reward_bench_2"] | None = None
-    """The benchmark that the rows are; its score stands beside the accuracy, and its files in `exports`."""
     no_verdict: NoVerdictRule | None = None
     """What an answer without a verdict counts. Null: half a point for pairs of a benchmark and a quarter in
     RewardBench 2, as their published numbers have it, and nothing in any other set. A call that failed never counts."""
@@ -95,19 +91,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     for judge in config.judges:
         judge.check()
         answers_of(config, judge)
-    row_type = row_type_of(config.input, config.judging.kind)
-    cases, dropped = read_cases(config.input, row_type, config.tell_languages)
-    if not any(case.fault is None for case in cases):
-        raise EvaluationError(f"'{config.input}' has no row whose answers could be compared; nothing is judged.")
-    if config.benchmark is not None:
-        check_benchmark(config.benchmark, cases)
     if start_run(config):
+        cases = claim_sets(config, lambda prepared: list_cases(config, prepared))
         verdicts, ledgers = judge_all(config, examiner, cases)
-        counts = {"read": len(cases) + sum(dropped.values()), "dropped": dropped}
         metrics = write_reports(config, cases, verdicts)
         ledger = {name: found._asdict() for name, found in ledgers.items()}
-        finish_run(config, {"counts": counts, "metrics": metrics, "ledger": ledger})
+        finish_run(config, {"rows": config.count_rows(), "metrics": metrics, "ledger": ledger})
     print_tables(config)
+
+
+def list_cases(config: JudgePreferences, prepared: Sequence[Prepared]) -> list[Case]:
+    """What judges are asked about. Raises EvaluationError without a case, and when the benchmark can have no score."""
+    cases = read_cases(prepared, config.judging.kind, config.tell_languages)
+    if not any(case.fault is None for case in cases):
+        raise EvaluationError("The sets have no row whose answers could be compared; nothing is judged.")
+    if config.benchmark is not None:
+        check_benchmark(config.benchmark, cases)
+    return cases
 
 
 def answers_of(config: JudgePreferences, judge: Any) -> AnswerStore:
@@ -164,29 +164,29 @@ def check_failed(config: JudgePreferences, name: str, cases: Sequence[Case], fou
 
 def write_reports(
     config: JudgePreferences, cases: Sequence[Case], verdicts: dict[str, list[Verdict]]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, dict[str, dict[str, Any]]]:
     """Write results, metrics and the files that leaderboards read; give the metrics."""
     rows: list[dict[str, Any]] = []
     metrics = {}
     for name, found in verdicts.items():
         judged = list(zip(cases, found, strict=True))
         kind = PANEL_TYPE if name == PANEL else JUDGE
-        results = result_rows(name, kind, config.name, config.benchmark, judged)
+        results = result_rows(name, kind, config.benchmark, judged)
         metrics[name] = measure_judge(judged, results)
         rows += results
     write_results(config.output, rows)
     files.write_json(files.join(config.output, METRICS), metrics)
     if config.benchmark is not None:
-        write_exports(files.join(config.output, "exports"), config.benchmark, rows, config.panel)
+        write_exports(files.join(config.output, "exports"), BENCHMARKS[config.benchmark], rows, config.panel)
     return metrics
 
 
 def print_tables(config: JudgePreferences) -> None:
     """Print what the finished run in the output found, and what it took."""
     done = files.read_json(files.join(config.output, files.RUN_MARK))
-    first = next(iter(done["metrics"].values()))
-    languages = [name.partition("/")[2] for name in first if name.startswith("accuracy/")]
-    print(format_table(summary_table(done["metrics"], languages)))
+    for title, counts in done["rows"].items():
+        print(f"{title}: {describe_counts(counts)}")
+    print(f"\n{format_table(summary_table(done['metrics']))}")
     print(
         f"\n{format_table(ledger_table({name: Ledger(**found) for name, found in done['ledger'].items()}))}", flush=True
     )

@@ -128,7 +128,7 @@ def test_bad_names_and_paths_are_named(tmp_path, reward_model):
         main(words(reward_model, path, out, "reward_models.1.type=reward_model", "reward_models.1.model=m"))
     with pytest.raises(ConfigError, match="there is nothing to evaluate on; set benchmark or sets"):
         main([f"output={out}", "reward_models.0.type=reward_model", f"reward_models.0.model={reward_model}"])
-    with pytest.raises(ConfigError, match="There is no language xx"):
+    with pytest.raises(ConfigError, match="there is no language xx"):
         main(words(reward_model, path, out, "languages=[xx]"))
     with pytest.raises(CheckpointError, match="no model at"):
         main(words(str(tmp_path / "a" / "nothing"), path, out))

@@ -8,7 +8,7 @@ import pytest
 
 from rayrm.errors import ConfigError, SchemaError
 from rayrm.evaluation.benchmarks import M_REWARD_BENCH, REWARD_BENCH, REWARD_BENCH_2
-from rayrm.evaluation.sets import EvaluationSet, PreparedSets, benchmark_sets, check_languages, prepare_sets
+from rayrm.evaluation.sets import EvaluatedOn, EvaluationSet, PreparedSets, benchmark_sets, prepare_sets
 from rayrm.shards import read_table
 from rayrm.sources.detection import find_rows, find_source_columns
 
@@ -133,8 +133,8 @@ def test_only_rows_of_the_languages_count(tmp_path):
     assert counts["dropped"] == {"other_language": 1}
     with pytest.raises(ConfigError, match="No row of the sets is in one of the languages ja"):
         prepare(tmp_path / "b", {"input": path}, languages=["ja"])
-    with pytest.raises(ConfigError, match="There is no language xx"):
-        check_languages(["de", "xx"])
+    with pytest.raises(ValueError, match="there is no language xx"):
+        EvaluatedOn(sets=[EvaluationSet(input=path)], languages=["de", "xx"], output="x")
 
 
 def test_ids_of_subsets_are_kept_apart(tmp_path):

@@ -28,11 +28,11 @@ from rayrm.errors import CheckpointError, ConfigError, EvaluationError, OutputEx
 from rayrm.evaluation import asking
 from rayrm.evaluation.answers import Answer, AnswerStore, Prices
 from rayrm.evaluation.asking import Asking, Call, ask_all
-from rayrm.evaluation.cases import BestOfCandidates, Case
+from rayrm.evaluation.cases import Case
 from rayrm.evaluation.concurrency import Limit
 from rayrm.evaluation.judging import Verdict, vote
 from rayrm.evaluation.results import read_results, score_results
-from rayrm.rows import Preference
+from rayrm.rows import Candidates, Preference
 from rayrm.scoring.endpoint import EndpointConfig, EndpointError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,8 +110,20 @@ def preference(row_id, chosen, rejected, lang="en", **more):
     return {**row, "lang": lang, "subset": None, **more}
 
 
-def write(path, rows, row_type=Preference):
-    columns = row_type.columns | {"translated_from": pa.string()}
+def write(path, rows):
+    if "candidates" in rows[0]:
+        lists = {"chosen": pa.list_(pa.string()), "rejected": pa.list_(pa.string())}
+        columns = {name: kind for name, kind in Candidates.columns.items() if name != "candidates"} | lists
+        rows = [
+            {
+                **row,
+                "chosen": row["candidates"][: row["num_correct"]],
+                "rejected": row["candidates"][row["num_correct"] :],
+            }
+            for row in rows
+        ]
+    else:
+        columns = Preference.columns | {"translated_from": pa.string()}
     known = {name: kind for name, kind in columns.items() if any(name in row for row in rows)}
     pq.write_table(pa.Table.from_pylist(rows, pa.schema(list(known.items()))), path)
     return str(path)
@@ -123,13 +135,13 @@ def judge(stub, name="a", model="m", **more):
 
 def run(tmp_path, rows, judges, *words, output="out"):
     out = tmp_path / output
-    path = write(tmp_path / f"{output}.parquet", rows, BestOfCandidates if "candidates" in rows[0] else Preference)
-    judge_preferences.main([f"input={path}", f"output={out}", f"judges={json.dumps(judges)}", HURRY, *words])
+    path = write(tmp_path / f"{output}.parquet", rows)
+    judge_preferences.main([f"sets.0.input={path}", f"output={out}", f"judges={json.dumps(judges)}", HURRY, *words])
     return out
 
 
 def metrics(out, name="a"):
-    return json.loads((out / "metrics.json").read_text())[name]
+    return json.loads((out / "metrics.json").read_text())[name]["preferences"]
 
 
 def judged(out, name="a"):
@@ -242,7 +254,7 @@ def test_a_panel_goes_by_the_majority_of_all_its_members(stub, tmp_path):
     ],
 )
 def test_votes(winners, expected):
-    case = Case("r", "g", "en", None, 1, [], ["a", "b", "c", "d"], (None, None), None)
+    case = Case("s", "r", "g", "en", None, 1, [], ["a", "b", "c", "d"], (None, None), None)
     found = vote(case, [Verdict(winner, "ok" if winner is not None else "timeout") for winner in winners], "half")
     assert (found.winner, found.status, found.credit) == expected
 
@@ -287,7 +299,9 @@ def test_ties_are_rated_and_scored(stub, tmp_path):
     score = score_results(read_results(str(out)).to_pylist())
     # Gaps 3 and 3 above the spread of 1: all shares are 1, and the margin is tanh(3 - 1).
     assert score.subsets == {"Math": 0.5, "Ties": pytest.approx(1 + 0.01 * 0.9640275801)}
-    assert len(stub.asked) == 4 + 3 + 4 and found["tied:2", "en"]["status"] == "empty" and score.num_unscored == 1
+    assert len(stub.asked) == 4 + 3 + 4 and ("tied:2", "en") not in found and score.num_unscored == 0
+    (counts,) = json.loads((out / "run.json").read_text())["rows"].values()
+    assert counts["dropped"] == {"empty_content": 1}
 
 
 def test_ratings_of_pairs_want_both_and_a_difference(stub, tmp_path):
@@ -325,13 +339,17 @@ def test_the_judge_sees_all_turns_and_is_told_the_languages(stub, tmp_path):
 
 
 def test_rows_that_nobody_can_compare_are_counted_and_not_asked_about(stub, tmp_path):
-    rows = [preference("r1", "xx", "x"), preference("r2", " ", "x"), preference("r3", "x", "x")]
+    rows = [preference("r1", "xx", "x"), preference("r2", " ", "x"), preference("r3", "x", "x"), ROWS[0]]
     out = run(tmp_path, rows, [judge(stub)], "no_verdict=half")
     found = metrics(out)
-    assert (found["num_rows"], found["num_not_asked"], found["num_failed"], found["accuracy"]) == (3, 2, 0, 1)
+    assert (found["num_rows"], found["num_not_asked"], found["num_failed"], found["accuracy"]) == (2, 0, 0, 1)
+    (counts,) = json.loads((out / "run.json").read_text())["rows"].values()
+    assert counts["dropped"] == {"empty_content": 1, "identical_responses": 1}
+    same = best_of("m1", ["xxxx", "x", "xxxx", "xxx"])
+    out = run(tmp_path, [same, best_of("m2", ["xx", "x"])], [judge(stub)], "judging.kind=four_way", output="lists")
     told = {key[0]: (row["status"], row["credit"], row["detail"]) for key, row in judged(out).items()}
-    assert told["r2"] == ("empty", None, "an answer has no text")
-    assert told["r3"] == ("error", None, "a right and a wrong answer are the same") and len(stub.asked) == 1
+    assert told["m1"] == ("error", None, "a right and a wrong answer are the same") and told["m2"][0] == "ok"
+    assert metrics(out)["num_not_asked"] == 1
 
 
 def test_results_do_not_hang_on_how_many_calls_run_at_once(stub, tmp_path):
@@ -352,7 +370,7 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(stub, tmp_path):
     stub.latency = 0.05
     rows = [preference(f"r{n}", "x" * (n % 3 + 1), "xx no") for n in range(120)]
     path, out = write(tmp_path / "rows.parquet", rows), tmp_path / "out"
-    words = [f"input={path}", f"output={out}", f"judges={json.dumps([judge(stub, max_in_flight=4)])}"]
+    words = [f"sets.0.input={path}", f"output={out}", f"judges={json.dumps([judge(stub, max_in_flight=4)])}"]
     command = [sys.executable, "-m", "jobs.judge_preferences", *words]
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     answers = out / "answers/a.jsonl"
@@ -466,7 +484,7 @@ def test_a_benchmark_has_its_score_and_a_file_for_each_language(stub, tmp_path):
         (["judging.template=nowhere"], "none of four_way, pairwise, rating"),
         (["judges.0.key_variable=NO_SUCH_KEY"], "NO_SUCH_KEY holds none"),
         (["output=memory://out"], "cannot append to files"),
-        (["input=nowhere"], "nothing at"),
+        (["sets.0.input=nowhere"], "nothing at"),
     ],
 )
 def test_bad_configs_are_one_sentence(stub, tmp_path, words, message):
@@ -476,10 +494,10 @@ def test_bad_configs_are_one_sentence(stub, tmp_path, words, message):
 
 
 def test_bad_rows_are_one_sentence(stub, tmp_path):
-    with pytest.raises(SchemaError, match="several rows with the id 'r0' and the language 'en'"):
-        run(tmp_path, [ROWS[0], ROWS[0]], [judge(stub)])
-    with pytest.raises(SchemaError, match="lacks candidates, num_correct"):
-        run(tmp_path, ROWS, [judge(stub)], "judging.kind=four_way", output="other")
+    with pytest.raises(SchemaError, match="no columns chosen and rejected, or messages"):
+        run(tmp_path, [{"id": "a", "prompt": []}], [judge(stub)])
+    with pytest.raises(ConfigError, match="judging.kind is 'pairwise', and the sets hold best_of rows"):
+        run(tmp_path, [best_of("m1", ["xx", "x"])], [judge(stub)], output="other")
     with pytest.raises(EvaluationError, match="No subset of reward_bench was measured"):
         run(tmp_path, ROWS, [judge(stub)], "benchmark=reward_bench", output="fourth")
     with pytest.raises(CheckpointError, match="no model at"):
@@ -676,7 +694,12 @@ def test_a_local_model_is_brought_up_and_taken_down(tmp_path, shared_data):
     settings = CreationConfig.model_validate({**sizes, "max_length": 4096})
     create_model(["which answer is better, A or B? say why"], settings, str(tmp_path / "model"))
     local = {"type": "local", "name": "small", "model": str(tmp_path / "model"), "engine": {"max_model_len": 4096}}
-    words = [f"input={path}", f"output={tmp_path}/out", f"judges={json.dumps([local])}", "judging.method=constrained"]
+    words = [
+        f"sets.0.input={path}",
+        f"output={tmp_path}/out",
+        f"judges={json.dumps([local])}",
+        "judging.method=constrained",
+    ]
     temporary = Path("/tmp") / f"rayrm-{free_port()}"
     temporary.mkdir()
     environment = os.environ | {"RAY_ADDRESS": "local", "RAY_TMPDIR": str(temporary)}

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import pyarrow as pa
-
-from rayrm.errors import SchemaError
+from rayrm.errors import ConfigError
 from rayrm.evaluation.benchmarks import TIES
+from rayrm.evaluation.sets import Prepared
 from rayrm.languages import language_name
-from rayrm.rows import Candidates, Message, Preference, RowType, drop_nulls
-from rayrm.scoring.judge import LETTERS
-from rayrm.shards import iter_tables, read_schemas
+from rayrm.rows import Message
+from rayrm.scoring.judge import LETTERS, Kind
+from rayrm.shards import iter_tables
 
-NUM_CORRECT, TRANSLATED_FROM = "num_correct", "translated_from"
-BestOfCandidates = RowType(
-    "BestOfCandidates", {**Candidates.columns, NUM_CORRECT: pa.int64()}, tuple(Candidates.nullable)
-)
-"""Candidates of which the first `num_correct` are right and the others wrong."""
 Status = Literal["ok", "parse_error", "timeout", "overloaded", "error", "empty"]
 
 
 class Case(NamedTuple):
     """Answers to a prompt, the right ones first."""
 
+    set: str
     id: str
     group: str
     lang: str
@@ -49,38 +43,22 @@ class Case(NamedTuple):
         return len(self.answers) == 2 and self.num_correct == 1
 
 
-def row_type_of(path: str, kind: str) -> RowType:
-    """The type of rows that a judge of a kind is asked about: for ratings, whichever the columns tell."""
-    has_num_correct = any(NUM_CORRECT in schema.names for _, schema in read_schemas(path))
-    return BestOfCandidates if kind == "four_way" or (kind == "rating" and has_num_correct) else Preference
+def read_cases(prepared: Sequence[Prepared], kind: Kind, tell_languages: bool) -> list[Case]:
+    """The cases of all rows.
 
-
-def read_cases(path: str, row_type: RowType, tell_languages: bool) -> tuple[list[Case], dict[str, int]]:
-    """The cases of all rows at `path`, and how many rows were dropped by reason.
-
-    Raises SchemaError for rows of another type, and for two rows with the same id and language.
+    Raises ConfigError for rows that a judge of the kind is not asked about: one answer alone, or several for a judge of
+    pairs.
     """
-    row_type.check_files(path)
     cases: list[Case] = []
-    dropped: Counter[str] = Counter()
-    seen: set[tuple[str, str]] = set()
-    for table in iter_tables(path):
-        rows = drop_nulls(row_type.conform(table), row_type)
-        names = [
-            name for name in (*row_type.columns, TRANSLATED_FROM, "_kept", "_dropped") if name in rows.column_names
-        ]
-        for row in rows.select(names).to_pylist():
-            if not row["_kept"]:
-                dropped.update(row["_dropped"])
-                continue
-            if (row["id"], row["lang"]) in seen:
-                raise SchemaError(
-                    f"'{path}' has several rows with the id '{row['id']}' and the language '{row['lang']}'; a row needs "
-                    "an id of its own in its language."
-                )
-            seen.add((row["id"], row["lang"]))
-            cases.append(_case(row, tell_languages))
-    return cases, dict(dropped)
+    for part in prepared:
+        if part.rows == "conversation" or (part.rows == "best_of" and kind == "pairwise"):
+            raise ConfigError(
+                f"judging.kind is '{kind}', and the sets hold {part.rows} rows; pairwise judges take pairs, four_way and "
+                "rating also right and wrong answers."
+            )
+        for table in iter_tables(part.path):
+            cases += [_case(row, tell_languages) for row in table.to_pylist()]
+    return cases
 
 
 def _case(row: Mapping[str, Any], tell_languages: bool) -> Case:
@@ -88,14 +66,14 @@ def _case(row: Mapping[str, Any], tell_languages: bool) -> Case:
     answers = (
         [_text(row[side]) for side in ("chosen", "rejected")] if is_pair else [text or "" for text in row["candidates"]]
     )
-    num_correct = 1 if is_pair else row[NUM_CORRECT]
+    num_correct = 1 if is_pair else int(row["num_correct"])
     languages: tuple[str | None, str | None] = (None, None)
     if tell_languages:
         # A row that was translated is in its new language as a whole.
-        is_translated = row.get(TRANSLATED_FROM) is not None
+        is_translated = row.get("translated_from") is not None
         codes = [None if is_translated else row[name] for name in ("src_lang", "tgt_lang")]
         languages = (language_name(codes[0] or row["lang"]), language_name(codes[1] or row["lang"]))
-    about = (row["id"], row["group"], row["lang"], row["subset"], num_correct)
+    about = (row["set"], row["id"], row["group"], row["lang"], row["subset"], num_correct)
     case = Case(*about, row["prompt"], answers, languages, None)
     return case._replace(fault=_fault(case))
 

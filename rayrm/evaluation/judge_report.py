@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 
 from rayrm import files
 from rayrm.evaluation.answers import Ledger
-from rayrm.evaluation.benchmarks import BENCHMARKS, count_verdicts
+from rayrm.evaluation.benchmarks import Benchmark, count_verdicts
 from rayrm.evaluation.cases import Case
-from rayrm.evaluation.exports import Evaluated, Measured, write_translated_verdicts
+from rayrm.evaluation.exports import Evaluated, Measured, write_eval_set, write_translated_verdicts
 from rayrm.evaluation.judging import Verdict
 from rayrm.evaluation.report import Table
 from rayrm.evaluation.results import JUDGE, Score, by_model_and_language, score_results
@@ -28,6 +28,7 @@ _INTEGERS = pa.list_(pa.int64())
 Judged = RowType(
     "Judged",
     {
+        "set": pa.string(),
         "id": pa.string(),
         "group": pa.string(),
         "lang": pa.string(),
@@ -53,7 +54,7 @@ Pairs = Sequence[tuple[Case, Verdict]]
 def write_judged(path: str, judged: Pairs) -> None:
     """Write the rows of one judge."""
     rows = [
-        {"id": case.id, "group": case.group, "lang": case.lang, "subset": case.subset, **verdict._asdict()}
+        {**{name: getattr(case, name) for name in ("set", "id", "group", "lang", "subset")}, **verdict._asdict()}
         for case, verdict in judged
     ]
     schema = pa.schema([(name, kind) for name, kind in Judged.columns.items() if kind is not None])
@@ -61,19 +62,23 @@ def write_judged(path: str, judged: Pairs) -> None:
         pq.write_table(pa.Table.from_pylist(rows, schema), handle)
 
 
-def measure_judge(judged: Pairs, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The metrics of one judge, then those of each language behind a slash; `rows` are its Result rows.
+def measure_judge(judged: Pairs, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The metrics of one judge on each set, then those of each language behind a slash; `rows` are its Result rows.
 
     `accuracy` is the mean credit, null without any; `score` that of the benchmark, where there is one. The counts are of
     rows: with a verdict, with an answer and none, without an answer (failed), and not asked. `consistent_fraction` is
     of the rows with two orders that can be read, `first_place_fraction` of the verdicts for the answer that stood
     first: one half of pairs for a judge that does not look at the place.
     """
-    found = _measure(judged, rows)
-    for lang in sorted({case.lang for case, _ in judged}):
-        part = _measure([each for each in judged if each[0].lang == lang], [row for row in rows if row["lang"] == lang])
-        found |= {f"{name}/{lang}": value for name, value in part.items()}
-    return found
+    metrics = {}
+    for name in dict.fromkeys(case.set for case, _ in judged):
+        own, own_rows = [each for each in judged if each[0].set == name], [row for row in rows if row["set"] == name]
+        found = _measure(own, own_rows)
+        for lang in sorted({case.lang for case, _ in own}):
+            part = _measure([e for e in own if e[0].lang == lang], [row for row in own_rows if row["lang"] == lang])
+            found |= {f"{metric}/{lang}": value for metric, value in part.items()}
+        metrics[name] = found
+    return metrics
 
 
 def _measure(judged: Pairs, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -103,22 +108,25 @@ def _measure(judged: Pairs, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     return measured
 
 
-def summary_table(metrics: Mapping[str, Mapping[str, Any]], languages: Sequence[str]) -> Table:
-    """A line for each judge and language, and for all of a judge's languages where there are several."""
-    has_score = any("score" in found for found in metrics.values())
-    header = ["judge", "language", *(["score"] if has_score else []), "accuracy"]
+def summary_table(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
+    """A line for each judge, set and language, and for all of a set's languages where there are several."""
+    has_score = any("score" in found for sets in metrics.values() for found in sets.values())
+    header = ["judge", "set", "language", *(["score"] if has_score else []), "accuracy"]
     header += ["rows", "no verdict", "failed", "not asked", "consistent", "first place"]
     rows = []
-    for judge, found in metrics.items():
-        for lang in [*languages, *([""] if len(languages) > 1 else [])]:
-            suffix = f"/{lang}" if lang else ""
-            counts = [
-                f"{found[name + suffix]:,}" for name in ("num_rows", "num_no_verdict", "num_failed", "num_not_asked")
-            ]
-            shares = [_share(found[f"{name}_fraction{suffix}"]) for name in ("consistent", "first_place")]
-            score = [_share(found.get(f"score{suffix}"))] if has_score else []
-            rows.append([judge, lang or "all", *score, _share(found[f"accuracy{suffix}"]), *counts, *shares])
-    return Table(header, rows, num_labels=2)
+    for judge, sets in metrics.items():
+        for name, found in sets.items():
+            languages = [key.partition("/")[2] for key in found if key.startswith("accuracy/")]
+            for lang in [*languages, *([""] if len(languages) > 1 else [])]:
+                rows.append([judge, name, lang or "all", *_cells(found, f"/{lang}" if lang else "", has_score)])
+    return Table(header, rows, num_labels=3)
+
+
+def _cells(found: Mapping[str, Any], suffix: str, has_score: bool) -> list[str]:
+    counts = [f"{found[name + suffix]:,}" for name in ("num_rows", "num_no_verdict", "num_failed", "num_not_asked")]
+    shares = [_share(found[f"{name}_fraction{suffix}"]) for name in ("consistent", "first_place")]
+    score = [_share(found.get(f"score{suffix}"))] if has_score else []
+    return [*score, _share(found[f"accuracy{suffix}"]), *counts, *shares]
 
 
 def ledger_table(ledgers: Mapping[str, Ledger]) -> Table:
@@ -132,17 +140,21 @@ def ledger_table(ledgers: Mapping[str, Ledger]) -> Table:
     return Table(header, rows)
 
 
-def write_exports(output: str, benchmark: str, rows: Sequence[dict[str, Any]], panel: Sequence[str]) -> None:
-    """Write M-RewardBench's file of each judge and language into `output/<FLORES-200 code>`."""
+def write_exports(output: str, benchmark: Benchmark, rows: Sequence[dict[str, Any]], panel: Sequence[str]) -> None:
+    """Write the benchmark's file of each judge: `eval-set/{model}.json`, or one a language in its FLORES-200 folder."""
     for model, languages in by_model_and_language(rows).items():
         evaluated = Evaluated(model, JUDGE)
         if model == PANEL and panel:
             evaluated = Evaluated(f"PoLL/{'_'.join(panel)}", PANEL_TYPE)
+        if not benchmark.languages:
+            own = [row for found in languages.values() for row in found]
+            write_eval_set(output, evaluated, score_results(own).subsets)
+            continue
         for lang, found in languages.items():
             score: Score = score_results(found)
             code = LANGUAGES[lang].flores if lang in LANGUAGES else lang
             sections = {} if score.benchmark is None else score.benchmark.sections
-            measured = Measured(BENCHMARKS[benchmark].dataset, code, score.subsets, sections)
+            measured = Measured(benchmark.dataset, code, score.subsets, sections)
             write_translated_verdicts(files.join(output, code), evaluated, measured, [row["credit"] for row in found])
 
 

@@ -174,7 +174,7 @@ def check_benchmark(benchmark: str, cases: Iterable[Case]) -> None:
     their form.
     """
     verdicts = ((case, Verdict(None, "ok", 0.0, [None] * len(case.answers))) for case in cases)
-    for languages in by_model_and_language(result_rows("", "", "", benchmark, verdicts)).values():
+    for languages in by_model_and_language(result_rows("", "", benchmark, verdicts)).values():
         for rows in languages.values():
             score_results(rows)
 
@@ -196,7 +196,7 @@ def vote(case: Case, verdicts: Sequence[Verdict], rule: NoVerdictRule) -> Verdic
 
 
 def result_rows(
-    model: str, model_type: str, set_name: str, benchmark: str | None, judged: Iterable[tuple[Case, Verdict]]
+    model: str, model_type: str, benchmark: str | None, judged: Iterable[tuple[Case, Verdict]]
 ) -> list[dict[str, Any]]:
     """Result rows of one judge."""
     return [
@@ -204,7 +204,7 @@ def result_rows(
             "model": model,
             "model_type": model_type,
             "benchmark": benchmark,
-            "set": set_name,
+            "set": case.set,
             "id": case.id,
             "group": case.group,
             "lang": case.lang,

@@ -5,28 +5,29 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rayrm import files
 from rayrm.config import NOT_IDENTITY, Config
 from rayrm.counts import describe_counts
-from rayrm.errors import ConfigError
-from rayrm.evaluation.benchmarks import PRIOR_DATASET, Benchmark
+from rayrm.errors import ConfigError, RayRMError
+from rayrm.evaluation.benchmarks import BENCHMARKS, PRIOR_DATASET, Benchmark
 from rayrm.languages import LANGUAGES
 from rayrm.rows import set_column, with_hidden
-from rayrm.runs import INPUT, commit_shard, finish_run, shard_path, start_run
+from rayrm.runs import INPUT, abandon_run, commit_shard, finish_run, shard_path, start_run
 from rayrm.sources.detection import Rows, find_rows, find_source_columns
 from rayrm.sources.kinds import ROW_KINDS
 from rayrm.sources.preferences import PreferencesConfig, PreferenceSource, SourceColumns, make_tables, select_rows
 from rayrm.sources.tables import open_tables
 
 log = logging.getLogger("rayrm")
-READ_BY_SCORERS = ("anchor", "source", "reference")
-"""Columns beside a row's own that a scorer may read; all others ride along in `metadata`."""
+T = TypeVar("T")
+READ_LATER = ("anchor", "source", "reference", "translated_from")
+"""Columns beside a row's own that scorers and judges may read; all others ride along in `metadata`."""
 
 
 class EvaluationSet(Config):
@@ -51,6 +52,51 @@ class EvaluationSet(Config):
     """Subset of all of its rows; null for their own."""
     max_rows: int | None = Field(None, ge=1)
     """Take at most so many rows, a sample that hangs on their ids."""
+
+
+class EvaluatedOn(Config):
+    """What models are evaluated on."""
+
+    benchmark: Literal["reward_bench", "m_reward_bench", "reward_bench_2"] | None = None
+    """How scores are put together; without `sets`, also which rows are read, from the hub."""
+    benchmark_copy: str | None = Field(None, json_schema_extra=INPUT)  # type: ignore[arg-type]
+    """Folder with copies of the benchmark's datasets, each called by the last part of its hub id; null for the hub."""
+    sets: list[EvaluationSet] = Field([])
+    """The sets; with a benchmark, rows of its subsets, such as translations of it."""
+    languages: list[str] | None = None
+    """ISO codes of the languages whose rows count; null for all."""
+    output: str = Field(json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
+    """Folder for rows, results, metrics and whatever else is made of them."""
+    shard_rows: int = Field(512, ge=1)
+    """Rows that are committed together; what is done is never done again."""
+
+    @model_validator(mode="after")
+    def _check_sets(self) -> EvaluatedOn:
+        if not self.sets and self.benchmark is None:
+            raise ValueError("there is nothing to evaluate on; set benchmark or sets")
+        if self.benchmark_copy is not None and (self.benchmark is None or self.sets):
+            raise ValueError("benchmark_copy is read for a benchmark without sets only")
+        if unknown := [code for code in self.languages or () if code not in LANGUAGES]:
+            raise ValueError(f"there is no language {', '.join(unknown)}; the codes are {', '.join(LANGUAGES)}")
+        return self
+
+    @property
+    def all_sets(self) -> list[EvaluationSet]:
+        """The sets, or those of the benchmark."""
+        if self.benchmark is None or self.sets:
+            return self.sets
+        return benchmark_sets(BENCHMARKS[self.benchmark], self.languages, self.benchmark_copy)
+
+    @property
+    def prepared(self) -> PreparedSets:
+        """The sets as rows of ours, in the output."""
+        folder = files.join(self.output, "sets")
+        return PreparedSets(sets=self.all_sets, languages=self.languages, output=folder, shard_rows=self.shard_rows)
+
+    def count_rows(self) -> dict[str, dict[str, Any]]:
+        """What was read, written and dropped of each set."""
+        found: dict[str, dict[str, Any]] = files.read_json(files.join(self.prepared.output, files.RUN_MARK))["sets"]
+        return found
 
 
 class PreparedSets(Config):
@@ -100,6 +146,24 @@ def benchmark_sets(benchmark: Benchmark, languages: Sequence[str] | None, copy: 
 
 
 _PRIOR_COLUMNS = SourceColumns(subset=None)
+
+
+def claim_sets(config: EvaluatedOn, check: Callable[[list[Prepared]], T]) -> T:
+    """What `check` makes of the rows of all sets of a run that has just started.
+
+    Gives up the output again, if nothing was done there before, when sets cannot be had or the check refuses them.
+    """
+    output = config.prepared.output
+    is_new = not files.exists(files.join(output, files.RUN_MARK))
+    try:
+        return check(prepare_sets(config.prepared))
+    except RayRMError:
+        fs, inner = files.filesystem(output)
+        if is_new:
+            if fs.exists(inner):
+                fs.rm(inner, recursive=True)
+            abandon_run(config)
+        raise
 
 
 def prepare_sets(config: PreparedSets) -> list[Prepared]:
@@ -179,11 +243,11 @@ def _repeats_ids(part: EvaluationSet, columns: SourceColumns) -> bool:
 
 def _with_metadata(table: pa.Table, kept: Sequence[str], name: str) -> pa.Table:
     """`table` with its set's name, and with its kept columns but for those of scorers as JSON in `metadata`."""
-    packed = [column for column in kept if column not in READ_BY_SCORERS]
+    packed = [column for column in kept if column not in READ_LATER]
     values = table.select(packed).to_pylist() if packed else [{}] * table.num_rows
     texts = [json.dumps(value, ensure_ascii=False, default=str) for value in values]
     table = table.drop_columns(packed).append_column("metadata", pa.array(texts, pa.string()))
-    for column in READ_BY_SCORERS:
+    for column in READ_LATER:
         if column in table.column_names:
             table = set_column(table, column, table[column].cast(pa.string()))
     return table.append_column("set", pa.array([name] * table.num_rows, pa.string()))
@@ -206,9 +270,3 @@ def _write(output: str, table: pa.Table, rows: Rows, shard_rows: int) -> None:
     for index in range(num_shards):
         part = with_hidden(table.slice(index * shard_rows, shard_rows))
         commit_shard(shard_path(output, index, num_shards), part, ROW_KINDS[rows].row_type)
-
-
-def check_languages(languages: Sequence[str] | None) -> None:
-    """Raise ConfigError for a code that is not in the table of languages."""
-    if unknown := [code for code in languages or () if code not in LANGUAGES]:
-        raise ConfigError(f"There is no language {', '.join(unknown)}; the codes are {', '.join(LANGUAGES)}.")
