@@ -15,9 +15,18 @@ from pydantic import Field, model_validator
 from rayrm import files
 from rayrm.config import NOT_IDENTITY, parse_args, run_job
 from rayrm.counts import describe_counts
-from rayrm.evaluation.exporting import export_model
+from rayrm.evaluation.benchmarks import BENCHMARKS
+from rayrm.evaluation.exporting import export_model, list_titles
 from rayrm.evaluation.facts import list_facts
-from rayrm.evaluation.models import EvaluatedModel, Evaluation, check_held_out, check_rows, evaluate_model, read_model
+from rayrm.evaluation.models import (
+    EvaluatedModel,
+    Evaluation,
+    check_held_out,
+    check_rows,
+    check_subsets,
+    evaluate_model,
+    read_model,
+)
 from rayrm.evaluation.overview import Overview, rewards_table
 from rayrm.evaluation.preference_report import RewardedSet, build_report, measure_set, summary_table
 from rayrm.evaluation.preferences import BootstrapConfig, flatten
@@ -27,6 +36,7 @@ from rayrm.evaluation.sets import EvaluatedOn, Prepared, claim_sets, prepare_set
 from rayrm.models.folders import read_mark
 from rayrm.runs import finish_run, start_run
 from rayrm.scoring import PreferenceScoring, check_preference_scoring
+from rayrm.scoring.custom import CustomClass, CustomScoring
 from rayrm.scoring.reward_model import RewardModelScoring
 
 METRICS, REPORT = "metrics.json", "report.html"
@@ -53,12 +63,19 @@ class EvaluateRewardModel(EvaluatedOn):
             raise ValueError(f"several reward models are called '{twice[0]}'; give each a name of its own")
         return self
 
+    def needed_columns(self) -> list[str]:
+        """What scorers of others need."""
+        custom = [model for model in self.reward_models if isinstance(model, CustomScoring)]
+        return sorted({name for model in custom for name in CustomClass(model.scorer).needs})
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the job. Raises EvaluationError when too many rewards failed or a set has no row to measure."""
     config = parse_args(EvaluateRewardModel, argv)
-    for scoring in config.reward_models:
-        check_preference_scoring(scoring)
+    # What was finished needs neither the models nor a service again.
+    if not files.exists(files.join(config.output, files.RUN_MARK)):
+        for scoring in config.reward_models:
+            check_preference_scoring(scoring)
     how = Evaluation(
         files.join(config.output, "rows"),
         config.split,
@@ -74,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         metrics = list_metrics(models, overview, rewarded)
         files.write_json(files.join(config.output, METRICS), metrics)
         write_results(config.output, (row for model in models for row in model.results))
-        for model in models:
-            export_model(model, config.benchmark, files.join(config.output, "exports"))
+        for model, title in zip(models, list_titles(config.reward_models), strict=True):
+            export_model(model, title, config.benchmark, files.join(config.output, "exports"))
         sections = list_sections(models, overview)
         pairs = [part for parts in rewarded.values() for part in parts.values()]
         rows = {f"rows of {title}": describe_counts(counts) for title, counts in config.count_rows().items()}
@@ -97,6 +114,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check(config: EvaluateRewardModel, prepared: list[Prepared]) -> list[Prepared]:
     """The rows of all sets, if each model can reward some of them."""
+    if config.benchmark is not None:
+        check_subsets(BENCHMARKS[config.benchmark], prepared)
     if config.split == "held_out":
         check_held_out(config.reward_models, prepared)
     else:

@@ -11,7 +11,8 @@ import pytest
 from jobs.analyse_evaluation import folder_name, main
 from rayrm import files
 from rayrm.errors import ConfigError, OutputExistsError, SchemaError
-from rayrm.evaluation.results import IMPLICIT, JUDGE, REWARD_MODEL, write_results
+from rayrm.evaluation.results import JUDGE, write_results
+from rayrm.scoring.base import IMPLICIT, REWARD_MODEL
 
 LANGUAGES = ("en", "de", "uk", "zh")
 MODELS = {"demo/reward-model": REWARD_MODEL, "demo/implicit-model": IMPLICIT, "demo/judge": JUDGE}

@@ -13,7 +13,8 @@ from rayrm.evaluation.analysis.grid import gather_sets, make_grid, reward_gap
 from rayrm.evaluation.analysis.sheets import list_sheets
 from rayrm.evaluation.benchmarks import M_REWARD_BENCH, TIES
 from rayrm.evaluation.preferences import BootstrapConfig
-from rayrm.evaluation.results import JUDGE, REWARD_MODEL, score_results
+from rayrm.evaluation.results import JUDGE, score_results
+from rayrm.scoring.base import REWARD_MODEL
 
 NAN = float("nan")
 
@@ -309,8 +310,9 @@ def test_ensemble_rewards_by_hand():
 
 def test_ensemble_credits_are_those_of_single_rows():
     values = np.array([[1, 0, NAN, NAN], [1, 1, NAN, NAN], [2, 2, 1, 0], [1, 2, 2, 0]], float)
-    found = ensembles.ensemble_credits(values, np.array([2, 2, 4, 4]))
+    found = ensembles.ensemble_credits(values, np.array([2, 2, 4, 4]), np.array([1, 1, 1, 1]))
     assert found.tolist() == [1, 0, 0.5, 0]
+    assert ensembles.ensemble_credits(values, np.array([2, 2, 4, 4]), np.array([1, 1, 2, 2])).tolist() == [1, 0, 1, 0.5]
 
 
 def test_ensemble_of_two_models_on_a_set():

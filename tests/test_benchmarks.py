@@ -373,3 +373,8 @@ def test_accuracies_of_reward_bench_2():
         "Focus": 0.0,
         "Ties": pytest.approx(0.8 + 0.01 * math.tanh(-0.5)),
     }
+
+
+def test_right_answers_share_what_the_best_ones_earn():
+    assert best_of_credit([1.0, 2.0, 0.0], 2) == 1 and best_of_credit([1.0, 2.0, 2.0], 2) == 0.5
+    assert best_of_credit([1.0, 2.0, 3.0], 2) == 0 and best_of_credit([3.0, 3.0, 0.0], 2) == 1

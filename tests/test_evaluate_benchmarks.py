@@ -8,10 +8,12 @@ from test_evaluate_reward_model import reward_model  # noqa: F401
 from test_evaluation_sets import PAIR, answer, copy_reward_bench, core_row, user, write
 
 from jobs.evaluate_reward_model import main
-from rayrm.errors import ConfigError
+from rayrm.errors import ConfigError, EvaluationError
+from rayrm.evaluation.exporting import make_render
 from rayrm.evaluation.exports import path_of
 from rayrm.evaluation.results import Result, read_results, score_results, write_results
 from rayrm.evaluation.sets import EvaluationSet, PreparedSets, prepare_sets
+from rayrm.scoring.reward_model import RewardModelScoring
 from rayrm.shards import read_table
 
 pytestmark = pytest.mark.ray
@@ -47,7 +49,6 @@ def test_reward_bench_is_scored_by_sections_and_prior_sets(ray_cluster, tmp_path
     write(copy / "reward-bench" / "data" / "filtered-00000-of-00001.parquet", core)
     for number, name in enumerate(("anthropic_helpful", "shp")):
         rows = [{**row, "prompt": user(row["prompt"])} for row in pairs(5 + number, subset="none of it")]
-        rows = [{name: row[name] for name in ("prompt", "chosen", "rejected", "subset")} for row in rows]
         write(copy / "pref-test-sets" / "data" / f"{name}-00000-of-00001.parquet", rows)
     main(words(reward_model, tmp_path / "out", "benchmark=reward_bench", f"benchmark_copy={copy}"))
     rows = read_table(str(tmp_path / "out" / "rows" / "reward_model" / "preference")).to_pylist()
@@ -69,8 +70,9 @@ def test_reward_bench_is_scored_by_sections_and_prior_sets(ray_cluster, tmp_path
     assert read(exports / "pref-sets" / f"{name}.json")["shp"] == pytest.approx(found["shp"])
     scores = read(exports / "eval-set-scores" / f"{name}.json")
     # The subsets' ids are the same ones, and the files have them as they came.
-    assert scores["id"][:8] == ["0", "1", "2", "3", "4", "5", "6", "0"]
-    assert scores["text_chosen"][0] == "Why 0?\nso on" and len(scores["results"]) == len(core)
+    assert scores["id"][:8] == [0, 1, 2, 3, 4, 5, 6, 0]
+    assert read(exports / "pref-sets-scores" / f"{name}.json")["id"][:6] == [0, 1, 2, 3, 4, 1]
+    assert scores["text_chosen"][0] == "Why 0? so on</s>" and len(scores["results"]) == len(core)
 
 
 def test_a_translated_benchmark_is_scored_by_language(ray_cluster, tmp_path, reward_model):  # noqa: F811
@@ -155,7 +157,13 @@ def test_several_models_on_pairs_and_conversations(ray_cluster, tmp_path, reward
     for model in metrics:
         rows = read_table(str(tmp_path / "out" / "rows" / model / "preference")).to_pylist()
         assert metrics[model]["preferences"]["score/de"] == pytest.approx(accuracy(rows))
-    talks = tmp_path / "out" / "exports" / "talks" / f"{path_of(reward_model)}_outputs.jsonl"
+    # Two models of one checkpoint have files of their own.
+    files_of = {
+        name: tmp_path / "out" / "exports" / "talks" / f"{path_of(f'{reward_model}-{name}')}_outputs.jsonl"
+        for name in metrics
+    }
+    assert files_of["plain"].exists()
+    talks = files_of["reward_model"]
     lines = [json.loads(line) for line in talks.read_text().splitlines()]
     assert [line["note"] for line in lines] == ["kept", "kept"] and lines[0]["prompt"] == "Why?"
     scored = read_table(str(tmp_path / "out" / "rows" / "plain" / "conversation")).to_pylist()
@@ -202,6 +210,53 @@ def test_results_keep_their_types_and_score_as_they_did(tmp_path):
     score = score_results(rows)
     assert (score.score, score.num_rows, score.num_unscored) == (0.5, 1, 1)
     assert score_results([rows[1]]).score is None
+
+
+def test_ties_in_two_languages_with_ids_of_subsets(ray_cluster, tmp_path, reward_model):  # noqa: F811
+    given = ["benchmark=reward_bench_2"]
+    for number, lang in enumerate(("en", "de")):
+        lists = {"chosen": ["red", "blue"], "rejected": ["cat", "dog"]}
+        rows = [
+            {"id": kind, "prompt": f"A colour in {lang}, {subset}?", **lists, "subset": subset}
+            for subset, kinds in (("Math", ("1", "2")), ("Focus", ("1",)), ("Ties", ("ref:1", "tied:1")))
+            for kind in kinds
+        ]
+        rows[-2]["chosen"] = ["red"]
+        path = write(tmp_path / f"{lang}.jsonl", rows)
+        given += [f"sets.{number}.input={path}", f"sets.{number}.lang={lang}"]
+    main(words(reward_model, tmp_path / "out", *given))
+    results = read_results(str(tmp_path / "out")).to_pylist()
+    assert {row["id"] for row in results} == {"Math/1", "Math/2", "Focus/1", "Ties/ref:1", "Ties/tied:1"}
+    metrics = read(tmp_path / "out" / "metrics.json")["reward_model"]["preferences"]
+    german = [row["credit"] for row in results if row["lang"] == "de" and row["subset"] == "Math"]
+    # Of several languages the score is that of those that are not English.
+    assert metrics["score/section/Math"] == pytest.approx(sum(german) / 2)
+    for code in ("eng_Latn", "deu_Latn"):
+        kept = read(tmp_path / "out" / "exports" / code / "eval-set-scores" / f"{path_of(reward_model)}.json")
+        assert kept["id"] == ["1", "2", "1", "ref:1", "tied:1"]
+
+
+def test_what_a_benchmark_cannot_score_is_refused_before_any_model_is_loaded(tmp_path, reward_model):  # noqa: F811
+    path = write(tmp_path / "pairs.jsonl", pairs(4, subset="nothing of it"))
+    given = [f"sets.0.input={path}", "benchmark=reward_bench"]
+    with pytest.raises(EvaluationError, match="No row of 'preferences' in en is of a subset of reward_bench"):
+        main(words(reward_model, tmp_path / "out", *given))
+    with pytest.raises(ConfigError, match="m_reward_bench is not translated into sw"):
+        main(words(reward_model, tmp_path / "out", "benchmark=m_reward_bench", "languages=[sw]"))
+    # Both times the folder is free again.
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_conversations_that_a_template_refuses_are_exported_turn_by_turn(tmp_path, reward_model):  # noqa: F811
+    template = tmp_path / "strict.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "<{{ m.content }}>{% endfor %}"
+    )
+    render = make_render(RewardModelScoring(model=reward_model, chat_template=str(template)))
+    assert render(user("Why?"), "So.") == "<Why?><So.>" and render(user("Why?"), None) == "<Why?>"
+    system = [{"role": "system", "content": "Be brief."}, *user("Why?")]
+    assert render(system, "So.") == "system: Be brief.\n\nuser: Why?\n\nassistant: So."
 
 
 def test_a_benchmark_that_is_not_there_is_told(tmp_path, reward_model, monkeypatch):  # noqa: F811

@@ -11,6 +11,7 @@ from rayrm.evaluation.benchmarks import M_REWARD_BENCH, REWARD_BENCH, REWARD_BEN
 from rayrm.evaluation.sets import EvaluatedOn, EvaluationSet, PreparedSets, benchmark_sets, prepare_sets
 from rayrm.shards import read_table
 from rayrm.sources.detection import find_rows, find_source_columns
+from rayrm.sources.preferences import SourceColumns
 
 
 def user(text):
@@ -101,13 +102,38 @@ def test_pairs_go_before_conversations_unless_those_are_wanted(tmp_path):
     assert rows["conversation"][0]["candidates"] == ["This."]
 
 
-def test_a_set_without_answers_is_refused_with_its_columns(tmp_path):
-    path = write(tmp_path / "in.jsonl", [{"prompt": "Why?", "good": "So.", "bad": "No."}])
+def test_a_set_without_answers_is_refused_until_its_columns_are_named(tmp_path):
+    path = write(tmp_path / "in.jsonl", [{"prompt": "Why?", "good": "So.", "bad": "No.", "note": 1}])
     with pytest.raises(SchemaError, match=r"no columns chosen and rejected, or messages.*prompt \(string\), good"):
         prepare(tmp_path, {"input": path})
-    columns = {"prompt": "prompt", "chosen": "good", "rejected": "bad"}
-    rows, _ = prepare(tmp_path / "b", {"input": path, "columns": columns, "rows": "preference"})
-    assert rows["preference"][0]["chosen"] == answer("So.")
+    rows, _ = prepare(tmp_path / "b", {"input": path, "columns": {"chosen": "good", "rejected": "bad"}})
+    (found,) = rows["preference"]
+    assert found["chosen"] == answer("So.") and json.loads(found["metadata"]) == {"note": 1}
+    with pytest.raises(SchemaError, match="lacks nothing"):
+        prepare(tmp_path / "c", {"input": path, "columns": {"chosen": "good", "rejected": "bad", "subset": "nothing"}})
+
+
+def test_conversations_bring_their_prompt_whatever_stands_beside_them(tmp_path):
+    row = {"prompt": "id-3", "chosen": user("Why?") + answer("So."), "rejected": user("Why?") + answer("No.")}
+    rows, _ = prepare(tmp_path, {"input": write(tmp_path / "in.jsonl", [row])})
+    assert rows["preference"][0]["prompt"] == user("Why?")
+
+
+def test_columns_that_hold_no_text_ride_along_as_metadata(tmp_path):
+    row = {"prompt": "Why?", **PAIR, "subset": "a", "source": ["u", "v"], "topic": "t"}
+    path = write(tmp_path / "in.jsonl", [row])
+    rows, _ = prepare(tmp_path, {"input": path}, keep=["topic"])
+    (found,) = rows["preference"]
+    assert json.loads(found["metadata"]) == {"source": ["u", "v"]} and found["topic"] == "t"
+
+
+def test_ids_of_prompts_part_no_rows(tmp_path):
+    sides = [{"chosen": f"So {n}.", "rejected": "No."} for n in range(3)]
+    rows = [{"prompt": f"Why {i}?", "id": i, **side} for i in range(2) for side in sides]
+    found, mark = prepare(tmp_path, {"input": write(tmp_path / "in.jsonl", rows)})
+    assert len({row["id"] for row in found["preference"]}) == 6
+    (counts,) = mark["sets"].values()
+    assert counts["dropped"] == {}
 
 
 def test_rows_that_are_none_are_counted(tmp_path):
@@ -166,7 +192,7 @@ def copy_reward_bench(folder):
     write(folder / "reward-bench" / "data" / "filtered-00000-of-00001.parquet", rows)
     write(folder / "reward-bench" / "data" / "raw-00000-of-00001.parquet", [core_row(9, "alpacaeval-easy")])
     for name in REWARD_BENCH.prior_sets:
-        prior = {"prompt": user(f"Of {name}?"), **PAIR, "subset": "none of it"}
+        prior = {"prompt": user(f"Of {name}?"), **PAIR, "subset": "none of it", "id": 1}
         write(folder / "pref-test-sets" / "data" / f"{name}-00000-of-00001.parquet", [prior])
     return str(folder)
 
@@ -176,7 +202,9 @@ def test_reward_bench_is_read_from_a_copy(tmp_path):
     rows, _ = prepare(tmp_path, *(part.model_dump(exclude_unset=True) for part in sets))
     found = rows["preference"]
     assert [row["subset"] for row in found] == ["alpacaeval-easy", "hep-cpp", *REWARD_BENCH.prior_sets]
-    assert [row["id"] for row in found[:2]] == ["1", "2"] and {row["set"] for row in found} == {"reward_bench"}
+    assert [row["id"] for row in found[:3]] == ["1", "2", "anthropic_helpful/1"] and {row["set"] for row in found} == {
+        "reward_bench"
+    }
     assert json.loads(found[0]["metadata"]) == {"chosen_model": "human", "rejected_model": "machine"}
 
 
@@ -189,6 +217,9 @@ def test_translated_benchmark_has_a_set_for_each_language(tmp_path):
     assert [(row["id"], row["lang"]) for row in rows["preference"]] == [("30", "de"), ("30", "el")]
     assert len(benchmark_sets(M_REWARD_BENCH, None, None)) == 23
     assert benchmark_sets(M_REWARD_BENCH, ["zh"], None)[0].config == "zho_Hans"
+    english, german = benchmark_sets(M_REWARD_BENCH, ["de", "en"], None)
+    assert (english.input, english.split, english.lang) == ("allenai/reward-bench", "filtered", "en")
+    assert (german.name, german.lang) == (english.name, "de")
     with pytest.raises(ConfigError, match="m_reward_bench is not translated into sw"):
         benchmark_sets(M_REWARD_BENCH, ["de", "sw"], None)
 
@@ -226,9 +257,9 @@ def test_a_split_that_is_not_there_is_named(tmp_path):
 def test_columns_are_found_by_name_and_content():
     text, texts = pa.string(), pa.list_(pa.string())
     schema = pa.schema([("question", text), ("input", text), ("chosen", text), ("rejected", text), ("source", texts)])
-    assert find_rows(schema, None, "x") == "preference"
-    columns = find_source_columns(schema, "preference", lambda field: True)
+    assert find_rows(schema, None, SourceColumns(), "x") == "preference"
+    columns = find_source_columns(schema.empty_table(), "preference", SourceColumns())
     assert (columns.prompt, columns.subset, columns.id) == ("question", None, None)
     assert columns.keep == ("input", "source")
     with pytest.raises(SchemaError, match="hold best_of rows"):
-        find_rows(schema, "best_of", "x")
+        find_rows(schema, "best_of", SourceColumns(), "x")

@@ -18,7 +18,6 @@ from test_served_kinds import serve
 from rayrm import scoring
 from rayrm.config import Config, build_config
 from rayrm.errors import CheckpointError, ConfigError, SchemaError, ServiceError
-from rayrm.evaluation import results
 from rayrm.evaluation.rewarding import RewardStage
 from rayrm.rows import Preference
 from rayrm.runs import identity
@@ -29,9 +28,6 @@ from rayrm.scoring import (
     does_compare,
     load_preference_scorer,
     model_type_of,
-)
-from rayrm.scoring import (
-    base as words,
 )
 from rayrm.scoring.custom import CustomScoring
 from rayrm.scoring.implicit import ImplicitScoring
@@ -61,9 +57,8 @@ def test_an_unknown_type_is_named():
 
 
 def test_kinds_of_models_have_the_names_of_results():
-    names = ("REWARD_MODEL", "IMPLICIT", "CUSTOM")
-    assert [getattr(words, name) for name in names] == [getattr(results, name) for name in names]
-    assert model_type_of(ImplicitScoring(model="a")) == "DPO"
+    assert model_type_of(ImplicitScoring(model="a", ref_model="b")) == "DPO"
+    assert model_type_of(ImplicitScoring(model="a")) == "DPO Ref. Free"
     assert model_type_of(PairwiseScoring(model="a", format="slic")) == "Custom Classifier"
 
 

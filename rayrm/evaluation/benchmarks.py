@@ -197,22 +197,27 @@ def regroup(values: Sequence[ItemT], sizes: Sequence[int]) -> list[list[ItemT]]:
     return [[next(items) for _ in range(size)] for size in sizes]
 
 
-def best_of_credit(rewards: Sequence[float | None]) -> float | None:
-    """1/k where answer 0, the right one, shares the highest reward with k in all, else 0; null if a reward is."""
-    return rating_credit(rewards, "unscored") if all(map(_is_known, rewards)) else None
+def best_of_credit(rewards: Sequence[float | None], num_correct: int = 1) -> float | None:
+    """The share of right answers, the first `num_correct`, among those with the highest reward; null if a reward is.
+
+    With one right answer that is 1/k where it shares the highest reward with k in all, else 0.
+    """
+    return rating_credit(rewards, "unscored", num_correct) if all(map(_is_known, rewards)) else None
 
 
-def rating_credit(ratings: Sequence[float | None], rule: NoVerdictRule) -> float | None:
+def rating_credit(ratings: Sequence[float | None], rule: NoVerdictRule, num_correct: int = 1) -> float | None:
     """`best_of_credit` for a judge's ratings: those missing are passed over; with none at all, the rule's credit."""
     known = {number: rating for number, rating in enumerate(ratings) if _is_known(rating)}
     winners = [number for number, rating in known.items() if rating == max(known.values())]
-    return (0 in winners) / len(winners) if winners else NO_VERDICT[rule]
+    return sum(number < num_correct for number in winners) / len(winners) if winners else NO_VERDICT[rule]
 
 
 def best_of_accuracies(rows: Sequence[BestOf]) -> dict[str, float]:
     """Subset to score: of Ties that of `score_ties`, of the others the mean of `best_of_credit`."""
     others = [row for row in rows if row.subset != TIES]
-    found = mean_credits([row.subset for row in others], [best_of_credit(row.rewards) for row in others])
+    found = mean_credits(
+        [row.subset for row in others], [best_of_credit(row.rewards, row.num_correct) for row in others]
+    )
     ties = score_ties([row for row in rows if row.subset == TIES]).score
     return found if ties is None else {**found, TIES: ties}
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rayrm import files
+from rayrm.errors import ConfigError
 from rayrm.evaluation.benchmarks import BENCHMARKS, M_REWARD_BENCH, Benchmark, BestOf
 from rayrm.evaluation.exports import (
     Evaluated,
@@ -15,6 +15,7 @@ from rayrm.evaluation.exports import (
     ResultFolder,
     ScoredPair,
     ScoredText,
+    path_of,
     write_best_of_scores,
     write_eval_set,
     write_eval_set_scores,
@@ -23,7 +24,7 @@ from rayrm.evaluation.exports import (
     write_translated_pairs,
 )
 from rayrm.evaluation.models import EvaluatedModel
-from rayrm.evaluation.results import score_results
+from rayrm.evaluation.results import Score, own_id, score_results
 from rayrm.languages import LANGUAGES
 from rayrm.models.folders import load_tokenizer, read_mark
 from rayrm.rows import Message
@@ -33,41 +34,86 @@ Render = Callable[[Sequence[Message], str | None], str]
 """(prompt, completion or null for the prompt alone) → the text that the model reads."""
 
 
-def export_model(evaluated: EvaluatedModel, benchmark: str | None, output: str) -> list[str]:
-    """Write all files of a model below `output`, those of a set that is no benchmark's below its name; give their paths."""
-    about, render = describe_model(evaluated.config), make_render(evaluated.config)
+def export_model(evaluated: EvaluatedModel, title: str, benchmark: str | None, output: str) -> list[str]:
+    """Write all files of a model, which they call `title`, below `output`; give their paths.
+
+    Sets that are no benchmark's, and sets of a benchmark that are several, stand in folders of their names; languages
+    of M-RewardBench, and languages that are several, in folders of their FLORES-200 codes.
+    """
+    about, render = describe_model(evaluated.config, title), make_render(evaluated.config)
+    bench = BENCHMARKS[benchmark] if benchmark else None
+    names = {rows: evaluated.sets(rows) for rows in evaluated.tables}
+    has_one_set = len({name for found in names.values() for name in found}) == 1
     paths = []
-    for name in evaluated.sets("preference"):
-        pairs = [scored_pair(row, render) for row in evaluated.select("preference", name).to_pylist()]
-        if benchmark is None:
-            paths += write_pairs(files.join(output, name), about, [pair for _, pair in pairs], None)
-        elif BENCHMARKS[benchmark].languages:
-            paths += _export_languages(evaluated, about, pairs, output)
-        else:
-            paths += _export_sections(evaluated, about, [pair for _, pair in pairs], BENCHMARKS[benchmark], output)
-    for name in evaluated.sets("best_of"):
-        rows = evaluated.select("best_of", name).to_pylist()
-        best = [BestOf(r["id"], r["subset"], int(r["num_correct"]), r["scores"][evaluated.config.name]) for r in rows]
-        where = output if benchmark else files.join(output, name)
-        texts = [[render(row["prompt"], text) for text in row["candidates"]] for row in rows]
-        paths.append(write_eval_set(where, about, score_results(_results(evaluated, name)).subsets))
-        paths.append(write_best_of_scores(where, about, best, texts))
-    for name in evaluated.sets("conversation"):
-        rows = evaluated.select("conversation", name).to_pylist()
-        scored = [_scored_text(row, evaluated.config.name, render) for row in rows]
-        paths.append(write_texts(files.join(output, name), about, scored))
+    for rows, found in names.items():
+        for name in found:
+            folder = output if bench and has_one_set else files.join(output, name)
+            if rows == "conversation":
+                scored = [_scored_text(row, evaluated.config.name, render) for row in _rows(evaluated, rows, name)]
+                paths.append(write_texts(folder, about, scored))
+                continue
+            languages = sorted({row["lang"] for row in evaluated.results if row["set"] == name})
+            for lang in languages:
+                is_split = len(languages) > 1 or (bench is not None and bench.languages)
+                where = files.join(folder, _code(lang)) if is_split else folder
+                part = _Part(evaluated, name, lang, about, render)
+                paths += part.export_best_of(where) if rows == "best_of" else part.export_pairs(where, bench)
     return paths
 
 
-def _results(evaluated: EvaluatedModel, name: str, lang: str | None = None) -> list[dict[str, Any]]:
-    return [row for row in evaluated.results if row["set"] == name and lang in (None, row["lang"])]
+def _rows(evaluated: EvaluatedModel, rows: str, name: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = evaluated.select(rows, name).to_pylist()
+    return found
+
+
+def _code(lang: str) -> str:
+    return LANGUAGES[lang].flores if lang in LANGUAGES else lang
+
+
+class _Part(NamedTuple):
+    """What a model made of one set in one language."""
+
+    evaluated: EvaluatedModel
+    name: str
+    lang: str
+    about: Evaluated
+    render: Render
+
+    def _select(self, rows: str) -> list[dict[str, Any]]:
+        return [row for row in _rows(self.evaluated, rows, self.name) if row["lang"] == self.lang]
+
+    def _score(self) -> Score:
+        results = self.evaluated.results
+        return score_results([row for row in results if (row["set"], row["lang"]) == (self.name, self.lang)])
+
+    def export_pairs(self, where: str, benchmark: Benchmark | None) -> list[str]:
+        pairs = [scored_pair(row, self.render) for row in self._select("preference")]
+        if benchmark is None:
+            return write_pairs(where, self.about, pairs, None)
+        score = self._score()
+        if benchmark.languages:
+            sections = score.benchmark.sections if score.benchmark else {}
+            measured = Measured(M_REWARD_BENCH.dataset, _code(self.lang), score.subsets, sections)
+            return write_translated_pairs(where, self.about, measured, pairs)
+        return _export_sections(self.about, pairs, score.subsets, benchmark, where)
+
+    def export_best_of(self, where: str) -> list[str]:
+        rows, name = self._select("best_of"), self.evaluated.config.name
+        best = [
+            BestOf(own_id(row["id"], row["subset"]), row["subset"], int(row["num_correct"]), row["scores"][name])
+            for row in rows
+        ]
+        texts = [[self.render(row["prompt"], text) for text in row["candidates"]] for row in rows]
+        return [
+            write_eval_set(where, self.about, self._score().subsets),
+            write_best_of_scores(where, self.about, best, texts),
+        ]
 
 
 def _export_sections(
-    evaluated: EvaluatedModel, about: Evaluated, pairs: Sequence[ScoredPair], benchmark: Benchmark, output: str
+    about: Evaluated, pairs: Sequence[ScoredPair], accuracies: dict[str, float], benchmark: Benchmark, output: str
 ) -> list[str]:
     """The core set and the prior sets, apart."""
-    accuracies = score_results(_results(evaluated, benchmark.name)).subsets
     paths = []
     folders: tuple[tuple[ResultFolder, bool], ...] = (("eval-set", False), ("pref-sets", True))
     for folder, is_prior in folders:
@@ -82,33 +128,28 @@ def _export_sections(
     return paths
 
 
-def _export_languages(
-    evaluated: EvaluatedModel, about: Evaluated, pairs: Sequence[tuple[str, ScoredPair]], output: str
-) -> list[str]:
-    by_language: defaultdict[str, list[ScoredPair]] = defaultdict(list)
-    for lang, pair in pairs:
-        by_language[lang].append(pair)
-    paths = []
-    for lang, part in by_language.items():
-        score = score_results([row for row in evaluated.results if row["lang"] == lang])
-        code = LANGUAGES[lang].flores if lang in LANGUAGES else lang
-        sections = score.benchmark.sections if score.benchmark else {}
-        measured = Measured(M_REWARD_BENCH.dataset, code, score.subsets, sections)
-        paths += write_translated_pairs(files.join(output, code), about, measured, part)
-    return paths
+def list_titles(configs: Sequence[Any]) -> list[str]:
+    """What the files call each model: its hub id or path, and its name too where several have the same one."""
+    own = [getattr(config, "model", None) or config.name for config in configs]
+    paths = [path_of(each) for each in own]
+    return [
+        f"{each}-{config.name}" if paths.count(path) > 1 else each
+        for config, each, path in zip(configs, own, paths, strict=True)
+    ]
 
 
-def describe_model(config: Any) -> Evaluated:
+def describe_model(config: Any, title: str) -> Evaluated:
     """What the files say of a model."""
-    own = getattr(config, "model", None) or config.name
     template = getattr(config, "chat_template", None) or "tokenizer"
-    return Evaluated(own, model_type_of(config), getattr(config, "ref_model", None), None, template)
+    return Evaluated(title, model_type_of(config), getattr(config, "ref_model", None), None, template)
 
 
 def make_render(config: Any) -> Render:
     """How a model's conversations read: by its own template where it has one here, else turn after turn."""
     if getattr(config, "type", None) not in ("reward_model", "implicit"):
         return _plain
+    from jinja2 import TemplateError
+
     from rayrm.models.rendering import Renderer, load_template
 
     stored = read_mark(config.model).get("rendering", {})
@@ -117,9 +158,13 @@ def make_render(config: Any) -> Render:
     renderer = Renderer(tokenizer, template)
 
     def render(prompt: Sequence[Message], completion: str | None) -> str:
-        if completion is None:
-            return renderer.turn_text(prompt)
-        return renderer.turn_text([*prompt, Message(role="assistant", content=completion)])
+        try:
+            if completion is None:
+                return renderer.turn_text(prompt)
+            return renderer.prompt_text(prompt) + renderer.completion_text(prompt, completion)
+        except (TemplateError, ConfigError):
+            # Such as a system turn, for a template that knows none.
+            return _plain(prompt, completion)
 
     return render
 
@@ -129,27 +174,31 @@ def _plain(prompt: Sequence[Message], completion: str | None) -> str:
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
-def scored_pair(row: dict[str, Any], render: Render) -> tuple[str, ScoredPair]:
-    """A RewardedPreference row's language, and the row as the files tell it, with the id and columns that it came with."""
-    subset, metadata = row["subset"], json.loads(row["metadata"])
+def scored_pair(row: dict[str, Any], render: Render) -> ScoredPair:
+    """A RewardedPreference row as the files tell it, with the id and columns that it came with."""
+    subset, name = row["subset"], own_id(row["id"], row["subset"])
+    own: dict[str, Any] = {
+        "id": int(name) if name.isdigit() else name,
+        "subset": subset,
+        "language": _code(row["lang"]),
+    }
     chosen, rejected = (
         render([*row["prompt"], *row[side][:-1]], row[side][-1]["content"]) for side in ("chosen", "rejected")
     )
-    own_id = row["id"].removeprefix(f"{subset}/")
-    return row["lang"], ScoredPair(
-        id=own_id,
+    return ScoredPair(
+        id=own["id"],
         subset=subset,
         prompt=render(row["prompt"], None),
         text_chosen=chosen,
         text_rejected=rejected,
         chosen_reward=row["chosen_reward"],
         rejected_reward=row["rejected_reward"],
-        metadata=metadata,
+        metadata={**own, **json.loads(row["metadata"])},
     )
 
 
 def _scored_text(row: dict[str, Any], name: str, render: Render) -> ScoredText:
     (text,) = row["candidates"]
     return ScoredText(
-        row["prompt"][-1]["content"], render(row["prompt"], text), row["scores"][name][0], json.loads(row["metadata"])
+        row["prompt"][0]["content"], render(row["prompt"], text), row["scores"][name][0], json.loads(row["metadata"])
     )

@@ -38,7 +38,7 @@ class Evaluated(NamedTuple):
 class ScoredPair(NamedTuple):
     """A preference as a reward model has read and rewarded it."""
 
-    id: str
+    id: str | int
     subset: str | None
     prompt: str
     text_chosen: str
@@ -142,7 +142,7 @@ def write_best_of_scores(
     columns = {
         "text": [list(answers) for _, answers in zip(rows, texts, strict=True)],
         "scores": [list(map(_number, row.rewards)) for row in rows],
-        "results": [None if row.subset == TIES else best_of_credit(row.rewards) for row in rows],
+        "results": [None if row.subset == TIES else best_of_credit(row.rewards, row.num_correct) for row in rows],
         "subset": [row.subset for row in rows],
         "id": [row.id for row in rows],
         "num_correct": [row.num_correct for row in rows],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -10,7 +11,7 @@ import pyarrow as pa
 
 from rayrm import files
 from rayrm.errors import ConfigError, EvaluationError
-from rayrm.evaluation.benchmarks import TIES, best_of_credit, pair_credit
+from rayrm.evaluation.benchmarks import TIES, Benchmark, best_of_credit, pair_credit
 from rayrm.evaluation.preferences import RewardedPreference
 from rayrm.evaluation.rewarding import RewardingJob, find_split, reward_preferences
 from rayrm.evaluation.sets import Prepared
@@ -70,6 +71,23 @@ def check_held_out(models: Sequence[PreferenceScoring], prepared: Sequence[Prepa
             groups = (group for table in iter_tables(part.path, ["group"]) for group in table["group"].to_pylist())
             if not any(is_held_out(group, split.fraction, split.seed) for group in groups):
                 raise EvaluationError(f"No {part.rows} row is of a group that the training of '{model.name}' held out.")
+
+
+def check_subsets(benchmark: Benchmark, prepared: Sequence[Prepared]) -> None:
+    """Raise EvaluationError for a set and language without a row of the benchmark's subsets, which would have no score."""
+    known = {subset.name for section in benchmark.sections for subset in section.subsets} | set(benchmark.prior_sets)
+    for part in prepared:
+        found: defaultdict[tuple[str, str], set[str | None]] = defaultdict(set)
+        for table in iter_tables(part.path, ["set", "lang", "subset"]):
+            for name, lang, subset in zip(*(table[n].to_pylist() for n in ("set", "lang", "subset")), strict=True):
+                found[name, lang].add(subset)
+        for (name, lang), subsets in found.items():
+            if not subsets & known:
+                told = ", ".join(sorted(subset or "none" for subset in subsets)[:5])
+                raise EvaluationError(
+                    f"No row of '{name}' in {lang} is of a subset of {benchmark.name}, such as '{sorted(known)[0]}'; "
+                    f"found {told}; name the column of subsets by columns, or leave benchmark out."
+                )
 
 
 def check_rows(models: Sequence[PreferenceScoring], prepared: Sequence[Prepared]) -> None:
@@ -172,8 +190,7 @@ def pair_results(table: pa.Table, name: str) -> list[dict[str, Any]]:
 def best_of_results(table: pa.Table, name: str, is_benchmark: bool) -> list[dict[str, Any]]:
     """Scored rows with `num_correct` as Result rows, but for what they say of the model.
 
-    The credit is 1/k where the first answer shares the highest reward with k in all; rows of a benchmark's Ties have
-    none, for they count together.
+    The credit is that of `best_of_credit`; rows of a benchmark's Ties have none, for they count together.
     """
     found = []
     for row in table.select([*KEYS, "num_correct", "candidates", "scores", "status"]).to_pylist():
@@ -185,7 +202,7 @@ def best_of_results(table: pa.Table, name: str, is_benchmark: bool) -> list[dict
                 "num_correct": int(row["num_correct"]),
                 "rewards": rewards,
                 "lengths": [len(text) for text in row["candidates"]],
-                "credit": best_of_credit(rewards) if has_credit else None,
+                "credit": best_of_credit(rewards, int(row["num_correct"])) if has_credit else None,
                 "status": worst_status(row["status"][name]),
             }
         )

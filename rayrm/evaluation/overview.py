@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from rayrm.evaluation.report import Section, Table, Text
-from rayrm.evaluation.results import Score, score_results
+from rayrm.evaluation.results import Score, score_languages, score_results
 
 NONE = "–"
 
@@ -21,14 +22,16 @@ class Overview:
         self.models = list(dict.fromkeys(row["model"] for row in results))
         self.sets = list(dict.fromkeys(row["set"] for row in results))
         self.languages = sorted({row["lang"] for row in results}, key=lambda lang: (lang != "en", lang))
-        groups: dict[tuple[str, str, str | None], list[dict[str, Any]]] = {}
+        groups: defaultdict[tuple[str, str], defaultdict[str, list[dict[str, Any]]]]
+        groups = defaultdict(lambda: defaultdict(list))
         for row in results:
-            for lang in (None, row["lang"]):
-                groups.setdefault((row["model"], row["set"], lang), []).append(row)
+            groups[row["model"], row["set"]][row["lang"]].append(row)
         self.scores: dict[tuple[str, str, str | None], Score] = {}
         """By model, set and language; null for all languages together."""
-        for key, rows in groups.items():
-            self.scores[key] = score_results(rows)
+        for (model, name), languages in groups.items():
+            found = {lang: score_results(rows) for lang, rows in languages.items()}
+            self.scores |= {(model, name, lang): score for lang, score in found.items()}
+            self.scores[model, name, None] = score_languages(found, [r for rows in languages.values() for r in rows])
 
     def metrics(self, model: str, name: str) -> dict[str, Any]:
         """`score`, `score/de`, `score/section/Chat` and `num_unscored` of a model on a set."""
@@ -54,9 +57,10 @@ class Overview:
     def section(self) -> Section:
         """The tables on a page."""
         about = (
-            "The score is the benchmark's own where rows are of one, else the share of rows that the model gets right; "
-            "a tie is a miss, and a row without a reward counts nothing. A section that has no row is left open, and so "
-            "is then the score."
+            "The score is the benchmark's own where rows are of one, and of several languages the mean over those that "
+            "are not English; else it is the share of rows that the model gets right. A tie is a miss, and a row without "
+            "a reward counts nothing. A section that has no row is left open, and so is then the score. Rows whose sides "
+            "are the same or have no text are dropped and counted, where RewardBench counts them as wrong."
         )
         return Section("Scores", [Text(about), *self.tables()])
 

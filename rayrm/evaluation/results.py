@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -24,8 +24,8 @@ from rayrm.rows import NUMBERS, RowType
 
 RESULTS = "results.parquet"
 """Name of the file with an evaluation's results, in its output folder."""
-REWARD_MODEL, IMPLICIT, CUSTOM, JUDGE = "Seq. Classifier", "DPO", "Custom Classifier", "Generative RM"
-"""What RewardBench calls the kinds of models."""
+JUDGE = "Generative RM"
+"""What RewardBench calls judges; `rayrm.scoring.base` has its names of reward models."""
 
 Result = RowType(
     "Result",
@@ -91,6 +91,11 @@ def read_results(output: str) -> pa.Table:
     return Result.conform(table)
 
 
+def own_id(row_id: str, subset: str | None) -> str:
+    """The id that a row has in its set, without the subset that keeps it apart from those of other subsets."""
+    return row_id.removeprefix(f"{subset}/")
+
+
 def score_results(rows: Sequence[dict[str, Any]]) -> Score:
     """The score of Result rows of one model, set and language."""
     name = next((row["benchmark"] for row in rows), None)
@@ -100,7 +105,9 @@ def score_results(rows: Sequence[dict[str, Any]]) -> Score:
     subsets = mean_credits([row["subset"] or "" for row in others], credits)
     num_rows = sum(credit is not None for credit in credits)
     if ties:
-        found = score_ties(BestOf(row["id"], TIES, row["num_correct"], row["rewards"] or ()) for row in ties)
+        found = score_ties(
+            BestOf(own_id(row["id"], TIES), TIES, row["num_correct"], row["rewards"] or ()) for row in ties
+        )
         num_rows += len(ties) - found.num_unscored
         if found.score is not None:
             subsets[TIES] = found.score
@@ -113,6 +120,41 @@ def score_results(rows: Sequence[dict[str, Any]]) -> Score:
         return Score(sum(known) / len(known), None, named, num_rows, num_unscored)
     whole = score_benchmark(BENCHMARKS[name], subsets)
     return Score(whole.overall, whole, subsets, num_rows, num_unscored)
+
+
+def score_languages(scores: Mapping[str, Score], rows: Sequence[dict[str, Any]]) -> Score:
+    """The score of several languages together, from that of each and from all of their rows.
+
+    That of a benchmark is the mean over the languages but English, as M-RewardBench has it, and null where one is; that
+    of any other set is the mean credit of all rows.
+    """
+    if len(scores) == 1:
+        return next(iter(scores.values()))
+    if all(score.benchmark is None for score in scores.values()):
+        return score_results(rows)
+    foreign = [score for lang, score in scores.items() if lang != "en"]
+    parts = [score.benchmark for score in foreign if score.benchmark is not None]
+    sections = {name: _mean_of([part.sections[name] for part in parts]) for name in parts[0].sections}
+    subsets = {name: [score.subsets[name] for score in foreign if name in score.subsets] for name in foreign[0].subsets}
+    whole = BenchmarkScore(
+        sections,
+        _mean_of([part.prior_sets for part in parts]),
+        _mean_of([part.overall for part in parts]),
+        _mean_of([part.overall_without_prior for part in parts]),
+        tuple(dict.fromkeys(name for part in parts for name in part.missing)),
+    )
+    return Score(
+        whole.overall if len(parts) == len(foreign) else None,
+        whole,
+        {name: sum(values) / len(values) for name, values in subsets.items()},
+        sum(score.num_rows for score in scores.values()),
+        sum(score.num_unscored for score in scores.values()),
+    )
+
+
+def _mean_of(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def by_model_and_language(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:

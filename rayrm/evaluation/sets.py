@@ -9,23 +9,25 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import pyarrow as pa
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rayrm import files
 from rayrm.config import NOT_IDENTITY, Config
 from rayrm.counts import describe_counts
 from rayrm.errors import ConfigError, RayRMError
-from rayrm.evaluation.benchmarks import BENCHMARKS, PRIOR_DATASET, Benchmark
+from rayrm.evaluation.benchmarks import BENCHMARKS, PRIOR_DATASET, REWARD_BENCH, Benchmark
 from rayrm.languages import LANGUAGES
 from rayrm.rows import set_column, with_hidden
 from rayrm.runs import INPUT, abandon_run, commit_shard, finish_run, shard_path, start_run
 from rayrm.sources.detection import Rows, find_rows, find_source_columns
 from rayrm.sources.kinds import ROW_KINDS
 from rayrm.sources.preferences import PreferencesConfig, PreferenceSource, SourceColumns, make_tables, select_rows
-from rayrm.sources.tables import open_tables
+from rayrm.sources.tables import holds, open_tables
 
 log = logging.getLogger("rayrm")
 T = TypeVar("T")
+SETS = "sets"
+"""Folder of an output with the rows that models are evaluated on."""
 READ_LATER = ("anchor", "source", "reference", "translated_from")
 """Columns beside a row's own that scorers and judges may read; all others ride along in `metadata`."""
 
@@ -34,8 +36,8 @@ class EvaluationSet(Config):
     """One set that models are evaluated on."""
 
     input: str = Field(json_schema_extra=INPUT)  # type: ignore[arg-type]
-    """A parquet, JSONL, CSV or JSON file, a folder of them (any fsspec path), a folder with a copy of a hub dataset, or
-    the hub id of a dataset."""
+    """A parquet, JSONL or CSV file or a folder of them (any fsspec path), a JSON file, a folder with a copy of a hub
+    dataset, or the hub id of a dataset."""
     name: str = Field("preferences", pattern=r"^[\w.-]+$")
     """What reports and results call it; sets of one name count as one."""
     config: str | None = None
@@ -44,14 +46,21 @@ class EvaluationSet(Config):
     """Split of a hub dataset or of a copy; left out, `train`."""
     rows: Literal["preference", "best_of", "conversation"] | None = None
     """What it holds: pairs, right and wrong answers as lists, or whole conversations; null to see by its columns."""
-    columns: SourceColumns | None = None
-    """What its columns are called; null to find them by their usual names."""
+    columns: SourceColumns = SourceColumns()
+    """What its columns are called; those that are not named here are found by their usual names."""
     lang: str = "en"
-    """Language of rows that have none of their own."""
+    """ISO or FLORES code of rows that have no language of their own."""
     subset: str | None = None
-    """Subset of all of its rows; null for their own."""
+    """Subset of all of its rows, put before their ids; null for their own."""
     max_rows: int | None = Field(None, ge=1)
     """Take at most so many rows, a sample that hangs on their ids."""
+
+    @field_validator("lang")
+    @classmethod
+    def _check_lang(cls, lang: str) -> str:
+        if lang not in LANGUAGES and lang not in {language.flores for language in LANGUAGES.values()}:
+            raise ValueError(f"there is no language {lang}; the codes are {', '.join(LANGUAGES)}")
+        return lang
 
 
 class EvaluatedOn(Config):
@@ -90,12 +99,12 @@ class EvaluatedOn(Config):
     @property
     def prepared(self) -> PreparedSets:
         """The sets as rows of ours, in the output."""
-        folder = files.join(self.output, "sets")
+        folder = files.join(self.output, SETS)
         return PreparedSets(sets=self.all_sets, languages=self.languages, output=folder, shard_rows=self.shard_rows)
 
     def count_rows(self) -> dict[str, dict[str, Any]]:
         """What was read, written and dropped of each set."""
-        found: dict[str, dict[str, Any]] = files.read_json(files.join(self.prepared.output, files.RUN_MARK))["sets"]
+        found: dict[str, dict[str, Any]] = files.read_json(files.join(self.output, SETS, files.RUN_MARK))["sets"]
         return found
 
 
@@ -106,6 +115,8 @@ class PreparedSets(Config):
     """The sets."""
     languages: list[str] | None = None
     """ISO codes of the languages whose rows count; null for all."""
+    keep: list[str] = Field([])
+    """Further columns that ride along as they are, and not in `metadata`."""
     output: str = Field(json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
     """Folder for the rows."""
     shard_rows: int = Field(512, ge=1)
@@ -124,7 +135,7 @@ def benchmark_sets(benchmark: Benchmark, languages: Sequence[str] | None, copy: 
     """The sets of a benchmark, from the hub or from copies of its datasets in the folder `copy`.
 
     A copy is called by the last part of its hub id. A benchmark that is translated has a set for each of `languages`
-    (null: all of its own). Raises ConfigError for a language that it is not translated into.
+    (null: all of its own), where English is RewardBench itself. Raises ConfigError for a language that it is not translated into.
     """
 
     def where(dataset: str) -> str:
@@ -134,18 +145,17 @@ def benchmark_sets(benchmark: Benchmark, languages: Sequence[str] | None, copy: 
     if benchmark.languages:
         known = {language.code: language for language in benchmark.languages}
         wanted = list(known) if languages is None else [code for code in languages if code != "en"]
+        english = {"name": benchmark.name, "input": where(REWARD_BENCH.dataset), "split": REWARD_BENCH.split}
         if unknown := [code for code in wanted if code not in known]:
             raise ConfigError(
                 f"{benchmark.name} is not translated into {', '.join(unknown)}; its languages are {', '.join(known)}."
             )
-        return [EvaluationSet(**common, config=known[code].flores, lang=code) for code in wanted]
+        translated = [EvaluationSet(**common, config=known[code].flores, lang=code) for code in wanted]
+        return [*([EvaluationSet(**english)] if "en" in (languages or ()) else []), *translated]
     prior = {"name": benchmark.name, "input": where(PRIOR_DATASET)}
     return [EvaluationSet(**common)] + [
-        EvaluationSet(**prior, split=name, subset=name, columns=_PRIOR_COLUMNS) for name in benchmark.prior_sets
+        EvaluationSet(**prior, split=name, subset=name) for name in benchmark.prior_sets
     ]
-
-
-_PRIOR_COLUMNS = SourceColumns(subset=None)
 
 
 def claim_sets(config: EvaluatedOn, check: Callable[[list[Prepared]], T]) -> T:
@@ -153,7 +163,7 @@ def claim_sets(config: EvaluatedOn, check: Callable[[list[Prepared]], T]) -> T:
 
     Gives up the output again, if nothing was done there before, when sets cannot be had or the check refuses them.
     """
-    output = config.prepared.output
+    output = files.join(config.output, SETS)
     is_new = not files.exists(files.join(output, files.RUN_MARK))
     try:
         return check(prepare_sets(config.prepared))
@@ -176,7 +186,7 @@ def prepare_sets(config: PreparedSets) -> list[Prepared]:
         tables: defaultdict[Rows, list[pa.Table]] = defaultdict(list)
         counts: dict[str, Any] = {}
         for part in config.sets:
-            rows, table, told = _read_set(part, config.languages)
+            rows, table, told = _read_set(part, config)
             title = " ".join(filter(None, (part.name, part.config or part.subset, part.input)))
             counts[title] = told
             log.info("%s: %s", title, describe_counts(told))
@@ -192,64 +202,66 @@ def prepare_sets(config: PreparedSets) -> list[Prepared]:
     return [Prepared(rows, files.join(config.output, rows), num) for rows, num in done.items()]
 
 
-def _read_set(part: EvaluationSet, languages: Sequence[str] | None) -> tuple[Rows, pa.Table, dict[str, Any]]:
-    schema = _schema(part)
-    rows = part.rows if part.rows and part.columns else find_rows(schema, part.rows, part.input)
-    columns = part.columns or find_source_columns(schema, rows, lambda field: True)
+def _read_set(part: EvaluationSet, config: PreparedSets) -> tuple[Rows, pa.Table, dict[str, Any]]:
+    first = next(iter(open_tables(part.input, part.split, part.config)()), pa.table({}))
+    rows = find_rows(first.schema, part.rows, part.columns, part.input)
+    columns = find_source_columns(first, rows, part.columns)
+    ids = _check_ids(part, columns)
+    if ids == "repeated":
+        columns = columns.model_copy(update={"id": None})
     source = PreferenceSource(
         input=part.input,
         config=part.config,
         split=part.split,
+        name=part.subset,
         columns=columns,
         lang=part.lang,
         max_rows=part.max_rows,
-        ids_within_subset=_repeats_ids(part, columns),
+        ids_within_subset=ids == "within_subset",
     )
     selecting = PreferencesConfig(rows=rows, sources=[source])
     selected = select_rows(selecting, lambda num: None)
     table = pa.concat_tables(make_tables(selected, selecting), promote_options="permissive")
     counts = selected[0].counts
-    if languages is not None:
-        table = table.filter(pa.array([lang in languages for lang in table["lang"].to_pylist()], pa.bool_()))
+    if config.languages is not None:
+        table = table.filter(pa.array([lang in config.languages for lang in table["lang"].to_pylist()], pa.bool_()))
         other = counts["written"] - table.num_rows
         dropped = {**counts["dropped"], **({"other_language": other} if other else {})}
         counts = {**counts, "written": table.num_rows, "dropped": dropped}
     if part.subset is not None:
         table = set_column(table, "subset", pa.array([part.subset] * table.num_rows, pa.string()))
-    return rows, _with_metadata(table, columns.keep, part.name), counts
+    return rows, _with_metadata(table, columns.keep, config.keep, part.name), counts
 
 
-def _schema(part: EvaluationSet) -> pa.Schema:
-    for table in open_tables(part.input, part.split, part.config)():
-        return table.schema
-    return pa.schema([])
-
-
-def _repeats_ids(part: EvaluationSet, columns: SourceColumns) -> bool:
-    """Whether the rows of different subsets have the same ids, and those of each subset have not."""
-    if columns.id is None or columns.subset is None:
-        return False
+def _check_ids(part: EvaluationSet, columns: SourceColumns) -> Literal["own", "within_subset", "repeated"]:
+    """Whether ids are the rows' own, those of a subset, or not to be told apart even there, as ids of prompts."""
+    if columns.id is None:
+        return "own"
     ids: Counter[Any] = Counter()
     whole: Counter[Any] = Counter()
     for table in open_tables(part.input, part.split, part.config)():
-        names = [name for name in (columns.lang, columns.id, columns.subset) if name in table.column_names]
-        if columns.id not in names or columns.subset not in names:
-            return False
-        for row in zip(*(table[name].to_pylist() for name in names), strict=True):
-            ids[row[:-1]] += 1
-            whole[row] += 1
-    return max(ids.values(), default=0) > 1 >= max(whole.values(), default=0)
+        absent = [None] * table.num_rows
+        subset, lang, own = (
+            table[name].to_pylist() if name in table.column_names else absent
+            for name in (columns.subset, columns.lang, columns.id)
+        )
+        rows = [row for row in zip(own, lang, subset, strict=True) if row[0] not in (None, "")]
+        ids.update(row[:2] for row in rows)
+        whole.update(rows)
+    if max(ids.values(), default=0) <= 1:
+        return "own"
+    return "within_subset" if max(whole.values()) == 1 and part.subset is None else "repeated"
 
 
-def _with_metadata(table: pa.Table, kept: Sequence[str], name: str) -> pa.Table:
-    """`table` with its set's name, and with its kept columns but for those of scorers as JSON in `metadata`."""
-    packed = [column for column in kept if column not in READ_LATER]
+def _with_metadata(table: pa.Table, kept: Sequence[str], needed: Sequence[str], name: str) -> pa.Table:
+    """`table` with its set's name, and with its kept columns but for those that are read as JSON in `metadata`."""
+    texts = {column for column in READ_LATER if column in kept and holds("subset", table.schema.field(column).type)}
+    packed = [column for column in kept if column not in texts and column not in needed]
     values = table.select(packed).to_pylist() if packed else [{}] * table.num_rows
-    texts = [json.dumps(value, ensure_ascii=False, default=str) for value in values]
-    table = table.drop_columns(packed).append_column("metadata", pa.array(texts, pa.string()))
-    for column in READ_LATER:
-        if column in table.column_names:
-            table = set_column(table, column, table[column].cast(pa.string()))
+    told = [json.dumps(value, ensure_ascii=False, default=str) for value in values]
+    table = table.drop_columns(packed).append_column("metadata", pa.array(told, pa.string()))
+    for column in texts:
+        table = set_column(table, column, table[column].cast(pa.string()))
     return table.append_column("set", pa.array([name] * table.num_rows, pa.string()))
 
 

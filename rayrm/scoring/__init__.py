@@ -17,7 +17,7 @@ from rayrm import cluster
 from rayrm.errors import ConfigError, SchemaError
 from rayrm.models.folders import check_model
 from rayrm.rows import NUMBERS, TEXTS, set_column, with_hidden
-from rayrm.scoring.base import CUSTOM, PreferenceScorer, Scorer
+from rayrm.scoring.base import CUSTOM, REF_FREE, PreferenceScorer, Scorer
 from rayrm.scoring.bleurt import BleurtScorer, BleurtScoring
 from rayrm.scoring.custom import CustomClass, CustomScorer, CustomScoring, check_custom
 from rayrm.scoring.grammar import GrammarScorer, GrammarScoring
@@ -147,6 +147,8 @@ def model_type_of(config: PreferenceScoring) -> str:
     """What RewardBench calls such a model. Raises as `does_compare`."""
     if isinstance(config, CustomScoring):
         return CustomClass(config.scorer).model_type
+    if isinstance(config, ImplicitScoring) and config.ref_model is None:
+        return REF_FREE
     return CUSTOM if does_compare(config) else str(PREFERENCE_SCORERS[config.type].model_type)
 
 

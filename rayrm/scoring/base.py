@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
-REWARD_MODEL, IMPLICIT, CUSTOM = "Seq. Classifier", "DPO", "Custom Classifier"
-"""What RewardBench calls models with a head, policies that are read by their own probabilities, and all others."""
+REWARD_MODEL, IMPLICIT, REF_FREE, CUSTOM = "Seq. Classifier", "DPO", "DPO Ref. Free", "Custom Classifier"
+"""What RewardBench calls models with a head, policies that are read by their own probabilities beside those of their
+reference and alone, and all others."""
 Outcome = tuple[float | None, str]
 
 

@@ -26,7 +26,8 @@ def open_tables(path: str, split: str | None, config: str | None = None) -> Call
     with a copy of one. A `.json` file holds a list of rows, or one a line. Raises ConfigError for a split of other local
     files, and for a dataset that cannot be had.
     """
-    if not files.is_hub_id(path) and not path.endswith(".json"):
+    is_json = path.endswith(".json")
+    if not files.is_hub_id(path) and (not is_json or split is not None or config is not None):
         if split is None and config is None:
             return lambda: _slice_tables(iter_tables(path, num_rows=TABLE_ROWS))
         if not Path(path).is_dir():

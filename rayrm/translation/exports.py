@@ -73,6 +73,7 @@ def _read(output: str) -> Iterator[dict[str, Any]]:
 
 def _export_row(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
     plain = {name: _as_text(value) if name in SIDES else value for name, value in row.items()}
+    plain["id"] = row["id"].removeprefix(f"{row['subset']}/")
     first = {**{name: plain[name] for name in columns}, "target_language": flores_code(row["lang"])}
     return {**first, **{name: value for name, value in plain.items() if name not in first}}
 

@@ -22,7 +22,8 @@ class TextsConfig(Config):
     """How texts are cut, translated and looked at."""
 
     compat: bool = False
-    """Whether lines are joined by spaces, and lists and code lost, as in M-RewardBench."""
+    """Whether lines are joined by spaces, and lists and code lost, as in M-RewardBench; where a sentence ends is found by
+    our own rules, and checks are made all the same."""
     max_length: int | None = Field(None, ge=8)
     """Most tokens of a sentence, special ones included; a longer one is cut. Null for all positions of the model, and
     512 at the most, as NLLB was trained."""

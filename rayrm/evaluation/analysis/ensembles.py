@@ -14,6 +14,7 @@ from rayrm.evaluation.analysis.grid import EvaluatedSet, all_rewards, score_cred
 from rayrm.evaluation.analysis.leaderboard import Scores, average
 from rayrm.evaluation.benchmarks import TIES, BestOf
 from rayrm.evaluation.preferences import Floats
+from rayrm.evaluation.results import own_id
 
 Method = Literal["mean", "worst", "uncertainty"]
 METHODS: tuple[Method, ...] = ("mean", "worst", "uncertainty")
@@ -133,17 +134,23 @@ def _score(
     is_ties = np.array([benchmark is not None and subset == TIES for subset in subsets])
     ties = [
         BestOf(
-            rewards.rows[i]["id"], TIES, rewards.rows[i]["num_correct"], values[i, : rewards.num_answers[i]].tolist()
+            own_id(rewards.rows[i]["id"], TIES),
+            TIES,
+            rewards.rows[i]["num_correct"],
+            values[i, : rewards.num_answers[i]].tolist(),
         )
         for i in np.flatnonzero(is_ties)
     ]
-    credits = np.where(known & ~is_ties, ensemble_credits(values, rewards.num_answers), np.nan)
+    num_correct = np.array([row["num_correct"] for row in rewards.rows])
+    credits = np.where(known & ~is_ties, ensemble_credits(values, rewards.num_answers, num_correct), np.nan)
     return score_credits(benchmark, subsets, credits, ties), int(known.sum())
 
 
-def ensemble_credits(values: Floats, num_answers: NDArray[np.int64]) -> Floats:
-    """What rows count whose answer 0 is right: of two answers 1 if it is above the other; of more 1/k for k best."""
+def ensemble_credits(values: Floats, num_answers: NDArray[np.int64], num_correct: NDArray[np.int64]) -> Floats:
+    """What rows count whose first `num_correct` answers are right: of pairs 1 if the right one is above the other; of
+    more answers the share of right ones among the best."""
     filled = np.where(np.isnan(values), -np.inf, values)
     best = filled == filled.max(axis=1, keepdims=True)
-    shared = best[:, 0] / best.sum(axis=1)
+    right = np.arange(values.shape[1]) < num_correct[:, None]
+    shared = (best & right).sum(axis=1) / best.sum(axis=1)
     return np.where((num_answers == 2) & (shared < 1), 0.0, shared)
