@@ -16,7 +16,7 @@ from rayrm.config import NOT_IDENTITY, Config
 from rayrm.errors import CheckpointError
 from rayrm.evaluation.answers import Prices
 from rayrm.models.folders import check_model
-from rayrm.models.vllm import GIB, EngineConfig, check_build, is_cpu_build
+from rayrm.models.vllm import CPU_BLOCK, GIB, EngineConfig, check_build, is_cpu_build
 from rayrm.runs import INPUT
 from rayrm.scoring.endpoint import EndpointConfig, read_key
 
@@ -138,7 +138,7 @@ def _arguments(judge: LocalJudge, is_cpu: bool) -> dict[str, Any]:
         if engine.max_model_len is not None:
             settings["max_num_batched_tokens"] = max(8192, engine.max_model_len)
         model["accelerator_config"] = {"kind": "cpu"}
-        model["runtime_env"] = {"env_vars": {"VLLM_CPU_KVCACHE_SPACE": f"{engine.kv_cache_gib or 1:g}"}}
+        settings |= {"kv_cache_memory_bytes": int((engine.kv_cache_gib or 1) * GIB), "block_size": CPU_BLOCK}
         # The engine reserves CPUs of its own; where there are two, nothing is left for what stands before it.
         model["deployment_config"]["ray_actor_options"] = {"num_cpus": 0}
         arguments["ingress_deployment_config"] = {"ray_actor_options": {"num_cpus": 0}}
@@ -155,7 +155,9 @@ def _reason(application: str, error: RuntimeError) -> str:
 
     there = serve.status().applications.get(application)
     texts = [deployment.message for deployment in there.deployments.values()] if there else []
-    told = [line for text in texts for line in re.findall(r"^[\w.]*(?:Error|Exception): .+", text, re.MULTILINE)]
+    told = [
+        line for text in texts for line in re.findall(r"^[\w.]*(?:Error|Exception): .+|^ *Value error, .+", text, re.M)
+    ]
     return str(told[-1] if told else str(error).splitlines()[0]).strip().rstrip(".")
 
 
