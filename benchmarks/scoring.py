@@ -1,9 +1,10 @@
 """Preferences rewarded by our evaluation job's stage on Ray, against RewardBench's loop: same model, texts and threads.
 
 The loop takes pairs in file order, 8 a batch, padded to the longest, all chosen sides and then all rejected ones, by
-plain transformers in fp32. The pairs are of mixed length: human preferences between long answers, and captions with
-those of other pictures. The model has random weights and about 3.5 million parameters. Both sides load it; ours is told
-with and without the start of Ray, and each is run in a process of its own.
+plain transformers in fp32. The pairs are of mixed length, as RewardBench's are: sides of one to eight human-rated answers
+joined, and captions with those of other pictures. The model has random weights and about 3.5 million parameters. Each
+side is run in a process of its own and loads the model; ours is told with and without the start of Ray, and starts its
+actors in both.
 
     python benchmarks/scoring.py [folder with preferences/ and parallel/]
 """
@@ -24,6 +25,7 @@ NUM_PAIRS = 2000
 BATCH = 8
 SIZES = {"vocab_size": 4096, "hidden_size": 192, "intermediate_size": 512, "num_layers": 6, "num_heads": 6}
 MAX_LENGTH = 1024
+MAX_CHARACTERS = 2500
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -68,7 +70,13 @@ def prepare(data: Path, folder: str) -> None:
     answers = read_lines(data / "preferences" / "qa_feedback_train.jsonl")
     captions = pq.read_table(data / "parallel" / "test.parquet").to_pylist()
     draw = random.Random(0)
-    pairs = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in answers[: NUM_PAIRS // 2]]
+    pairs = []
+    for start in range(NUM_PAIRS // 2):
+        sides = {
+            side: " ".join(row[side] for row in answers[start : start + draw.randint(1, 8)])[:MAX_CHARACTERS]
+            for side in ("chosen", "rejected")
+        }
+        pairs.append({"prompt": answers[start]["prompt"], **sides})
     for row in captions[: NUM_PAIRS - len(pairs)]:
         other = draw.choice(captions)["trg_text"] + "."
         pairs.append({"prompt": row["src_text"], "chosen": row["trg_text"], "rejected": other})
@@ -153,9 +161,9 @@ def run_job(folder: str) -> dict[str, Any]:
     start_s = time.perf_counter() - start
     start = time.perf_counter()
     sets = [EvaluationSet(input=f"{folder}/pairs.jsonl")]
-    (prepared,) = prepare_sets(PreparedSets(sets=sets, output=f"{folder}/sets", shard_rows=500))
+    (prepared,) = prepare_sets(PreparedSets(sets=sets, output=f"{folder}/sets", shard_rows=250))
     model = RewardModelScoring(model=f"{folder}/model", dtype="float32", workers=Workers(num_workers=2, num_cpus=1))
-    job = RewardingJob(input=prepared.path, output=f"{folder}/rows", shard_rows=500, reward_model=model)
+    job = RewardingJob(input=prepared.path, output=f"{folder}/rows", shard_rows=250, reward_model=model)
     transform_rows(job, Preference, RewardedPreference, partial(reward_preferences, config=job))
     seconds = time.perf_counter() - start
     ray.shutdown()

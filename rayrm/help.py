@@ -22,9 +22,15 @@ def _describe_fields(cls: type[BaseModel], prefix: str) -> list[str]:
     for name, field in cls.model_fields.items():
         nested = [t for t in _members(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
         text = " ".join((field.description or "").split())
-        items = [t for t in typing.get_args(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
-        if items and _is_container(field.annotation):
-            lines += [f"  {prefix}{name}: list  {text}", *_describe_fields(items[0], f"{prefix}{name}[].")]
+        parts = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is list else ()
+        items = [t for part in parts for t in _members(part) if isinstance(t, type) and issubclass(t, BaseModel)]
+        if items:
+            lines.append(f"  {prefix}{name}: list  {text}")
+            for variant in items:
+                if len(items) > 1:
+                    about = " ".join((variant.__doc__ or "").split())
+                    lines.append(f"  {prefix}{name}[].* (type={_tag(variant)})  {about}")
+                lines += _describe_fields(variant, f"{prefix}{name}[].")
             continue
         if nested:
             for variant in nested:
@@ -45,10 +51,6 @@ def _members(annotation: Any) -> list[Any]:
     if origin in (typing.Union, types.UnionType):
         return [member for part in typing.get_args(annotation) for member in _members(part)]
     return [annotation]
-
-
-def _is_container(annotation: Any) -> bool:
-    return typing.get_origin(annotation) in (list, dict, tuple)
 
 
 def _tag(cls: type[BaseModel]) -> str:

@@ -134,6 +134,20 @@ def test_a_word_reaches_into_a_list_by_its_place(tmp_path):
         load_config(Team, tmp_path / "team.yaml", ["members.model=b/c"])
 
 
+class Colours(Config):
+    """Several colours."""
+
+    colours: list[Annotated[Red | Blue, Field(discriminator="type")]]
+    """Any of them."""
+
+
+def test_help_tells_every_kind_that_a_list_holds():
+    shown = describe(Colours)
+    assert "colours: list  Any of them." in shown
+    assert "colours[].* (type=red)  A red thing." in shown and "colours[].depth: int  [default 1]  How red." in shown
+    assert "colours[].* (type=blue)  A blue thing." in shown
+
+
 def test_a_job_tells_the_error_of_its_actor(capsys):
     class TaskError(ConfigError):
         cause = ConfigError("The model is broken.")
