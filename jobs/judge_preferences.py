@@ -46,7 +46,7 @@ class JudgePreferences(EvaluatedOn):
     """Judges, and the sets that they are asked about.
 
     Pairwise judges take pairs, four-way judges and ratings also right and wrong answers. Rows with several right answers,
-    and those of the subset Ties, are rated by any judge; such a row counts in the Ties score, and has no credit of its own.
+    and those of the subset Ties, are rated by any judge; a row of Ties counts in that score, and has no credit of its own.
     """
 
     judges: list[Judge] = Field(min_length=1)
@@ -88,9 +88,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the job. Raises EvaluationError when an endpoint is gone, too many calls failed, or there is no row."""
     config = parse_args(JudgePreferences, argv)
     examiner = Examiner(config.judging)
-    for judge in config.judges:
-        judge.check()
-        answers_of(config, judge)
+    # What was finished needs neither keys nor engines again.
+    if not files.exists(files.join(config.output, files.RUN_MARK)):
+        for judge in config.judges:
+            judge.check()
+            answers_of(config, judge)
     if start_run(config):
         cases = claim_sets(config, lambda prepared: list_cases(config, prepared))
         verdicts, ledgers = judge_all(config, examiner, cases)

@@ -338,6 +338,61 @@ def test_the_judge_sees_all_turns_and_is_told_the_languages(stub, tmp_path):
     assert "user: Hello\nassistant: Hi\nuser: Translate this." in stub.asked[0]["messages"][1]["content"]
 
 
+def test_ties_of_two_languages_and_sets_are_scored_apart(stub, tmp_path):
+    paths = []
+    for lang, answers in (("en", ["xxxx", "x", "xx", "y"]), ("de", ["x", "xxxx", "xx", "y"])):
+        rows = [best_of("m1", answers), best_of("ref:1", ["xxxxx", "x"], subset="Ties")]
+        rows.append(best_of("tied:1", ["xxxxxx", "xxxxx", "x"], 2, subset="Ties"))
+        paths.append(write(tmp_path / f"{lang}.parquet", [{**row, "lang": lang} for row in rows]))
+    given = {"judges": [judge(stub)], "sets": [{"input": path} for path in paths], "output": str(tmp_path / "out")}
+    words = ["judging.kind=four_way", "benchmark=reward_bench_2", HURRY]
+    judge_preferences.main([*(f"{name}={json.dumps(value)}" for name, value in given.items()), *words])
+    found = metrics(tmp_path / "out")
+    # Of several languages the score is that of those that are not English.
+    assert found["sections"]["Math"] == 0 and found["accuracy/en"] == 1 and found["accuracy/de"] == 0
+    flat = json.loads((tmp_path / "out" / "exports" / "eng_Latn" / "eval-set" / "a.json").read_text())
+    assert flat["Math"] == 1 and flat["Ties"] > 0.9
+
+
+def test_halves_of_characters_and_judges_that_are_cut_short(stub, tmp_path):
+    half, cut = completion("So \ud83d. [[A]]"), json.loads(completion(None))
+    cut["choices"][0]["finish_reason"] = "length"
+    stub.by_text = {"Which, r0?": (200, {}, half), "Which, r1?": (200, {}, json.dumps(cut))}
+    out = run(tmp_path, ROWS, [judge(stub)], "no_verdict=half", "max_failed_fraction=1")
+    told = {key[0]: row for key, row in judged(out).items()}
+    assert told["r0"]["texts"][0].startswith("So ?") and told["r0"]["status"] == "ok"
+    # It thought too long, and has said nothing that half a point could be for.
+    assert (told["r1"]["status"], told["r1"]["credit"]) == ("error", None)
+    assert "finish_reason length" in told["r1"]["detail"]
+
+
+def test_the_request_is_as_the_endpoint_wants_it(stub, tmp_path):
+    request = "judging.request={max_tokens: null, max_completion_tokens: 99, temperature: 1}"
+    run(tmp_path, ROWS[:1], [judge(stub)], request, "judging.system_prompt=false")
+    (body,) = stub.asked
+    assert "max_tokens" not in body and (body["max_completion_tokens"], body["temperature"]) == (99, 1)
+    assert [turn["role"] for turn in body["messages"]] == ["user"]
+    assert "compare two answers" in body["messages"][0]["content"] and "Which, r0?" in body["messages"][0]["content"]
+
+
+def test_an_endpoint_that_will_have_no_request_is_soon_left_alone(stub, tmp_path):
+    stub.by_text = {"Which": (400, {}, "no such parameter")}
+    rows = [preference(f"r{n}", "xx", "x") for n in range(80)]
+    with pytest.raises(EvaluationError, match="no answer to 5 calls in a row.*no such parameter"):
+        run(tmp_path, rows, [judge(stub, max_in_flight=1)])
+    assert len(stub.asked) < 10
+
+
+def test_templates_that_cannot_be_filled_in_are_refused(tmp_path, stub):
+    for text, told in (
+        ("{% if %}\n=====\n", "cannot be filled in"),
+        ("a\n=====\n{{ answer }}", "'answer' is undefined"),
+    ):
+        (tmp_path / "own.jinja").write_text(text)
+        with pytest.raises(ConfigError, match=told):
+            run(tmp_path, ROWS, [judge(stub)], f"judging.template={tmp_path}/own.jinja")
+
+
 def test_rows_that_nobody_can_compare_are_counted_and_not_asked_about(stub, tmp_path):
     rows = [preference("r1", "xx", "x"), preference("r2", " ", "x"), preference("r3", "x", "x"), ROWS[0]]
     out = run(tmp_path, rows, [judge(stub)], "no_verdict=half")

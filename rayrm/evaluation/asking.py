@@ -63,7 +63,11 @@ class _Asker:
         self._store = store
         self._asking = asking
         self._limit = Limit(config.max_in_flight)
-        self._failures_in_a_row = self._num_failed = 0
+        self._replies: dict[str, dict[str, Any]] = {}
+        """Replies that do not say what was asked for, by their calls."""
+        self._failures_in_a_row = self._num_failed = self._num_answered = 0
+        self._last_words: str | None = None
+        """Why the run stops; requests that are under way are waited for, since they will be paid for."""
 
     async def run(self, calls: list[Call]) -> None:
         from tqdm import tqdm
@@ -76,11 +80,16 @@ class _Asker:
                 async with asyncio.TaskGroup() as group:
                     for call in missing:
                         number = await self._limit.enter()
+                        if self._last_words is not None:
+                            self._limit.leave()
+                            break
                         group.create_task(self._ask(call, number))
             except BaseExceptionGroup as errors:
                 raise errors.exceptions[0] from None
             finally:
                 await self._endpoint.close()
+        if self._last_words is not None:
+            raise EvaluationError(self._last_words)
 
     async def _ask(self, call: Call, number: int) -> None:
         """One call that has its place.
@@ -103,9 +112,12 @@ class _Asker:
                 is_over = attempt - num_busy >= self._asking.max_attempts or began - first > self._asking.max_busy_s
                 if is_over or not error.may_help:
                     status = STATUSES.get(error.fault, "error")
-                    answer = Answer(call.key, status, None, str(error), attempt, round(time.monotonic() - began, 3))
+                    seconds = round(time.monotonic() - began, 3)
+                    answer = Answer(call.key, status, self._replies.pop(call.key, None), str(error), attempt, seconds)
                     self._judge_failure(error)
                     break
+                if self._last_words is not None:
+                    return
                 wait_s = min(pause_before(error, pause), LONGEST_PAUSE_S)
                 held_s = wait_s if error.retry_after_s is not None else min(wait_s, FIRST_PAUSE_S)
                 await asyncio.sleep(held_s)
@@ -116,8 +128,8 @@ class _Asker:
             number = await self._limit.enter()
         self._store.add(answer)
         self._show(answer)
-        if self._failures_in_a_row >= self._asking.max_failures_in_a_row:
-            raise EvaluationError(
+        if self._last_words is None and self._failures_in_a_row >= self._asking.max_failures_in_a_row:
+            self._last_words = (
                 f"Judge '{self._name}' gave no answer to {self._failures_in_a_row} calls in a row ({answer.detail}); all "
                 "answers so far are stored, and the same command goes on from there."
             )
@@ -125,19 +137,23 @@ class _Asker:
     async def _try(self, call: Call, body: dict[str, Any], attempt: int, began: float) -> Answer:
         reply = await self._endpoint.try_once("/chat/completions", body, self._asking.timeout_s)
         if not is_completion(reply):
-            told = f"'{self._name}' answers, and not with a chat completion: {str(reply)[:300]}."
+            shown = self._endpoint.without_key(str(reply))[:300]
+            told = f"'{self._name}' answers, and not with a chat completion: {shown}."
             raise EndpointError(told, "broken")
         try:
             call.read(reply)
         except ValueError as error:
+            # It is paid for.
+            self._replies[call.key] = reply
             raise EndpointError(f"'{self._name}' does not answer what it was asked: {error}.", "refused") from None
         self._failures_in_a_row = 0
+        self._num_answered += 1
         return Answer(call.key, "ok", reply, None, attempt, round(time.monotonic() - began, 3))
 
     def _judge_failure(self, error: EndpointError) -> None:
         self._num_failed += 1
-        # A request that is not to an endpoint's taste says nothing of the next one.
-        if error.fault != "request":
+        # A request that is not to an endpoint's taste says nothing of the next one, where it has answered others.
+        if error.fault != "request" or not self._num_answered:
             self._failures_in_a_row += 1
 
     def _show(self, answer: Answer) -> None:

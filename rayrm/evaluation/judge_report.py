@@ -16,7 +16,7 @@ from rayrm.evaluation.cases import Case
 from rayrm.evaluation.exports import Evaluated, Measured, write_eval_set, write_translated_verdicts
 from rayrm.evaluation.judging import Verdict
 from rayrm.evaluation.report import Table
-from rayrm.evaluation.results import JUDGE, Score, by_model_and_language, score_results
+from rayrm.evaluation.results import JUDGE, Score, by_language, by_model_and_language, score_languages, score_results
 from rayrm.languages import LANGUAGES
 from rayrm.rows import NUMBERS, TEXTS, RowType
 
@@ -52,14 +52,24 @@ Pairs = Sequence[tuple[Case, Verdict]]
 
 
 def write_judged(path: str, judged: Pairs) -> None:
-    """Write the rows of one judge."""
+    """Write the rows of one judge; halves of characters in its words, which a cut may leave, become question marks."""
     rows = [
-        {**{name: getattr(case, name) for name in ("set", "id", "group", "lang", "subset")}, **verdict._asdict()}
+        {
+            **{name: getattr(case, name) for name in ("set", "id", "group", "lang", "subset")},
+            **_clean(verdict)._asdict(),
+        }
         for case, verdict in judged
     ]
     schema = pa.schema([(name, kind) for name, kind in Judged.columns.items() if kind is not None])
     with files.atomic_file(path) as handle:
         pq.write_table(pa.Table.from_pylist(rows, schema), handle)
+
+
+def _clean(verdict: Verdict) -> Verdict:
+    def whole(text: str | None) -> str | None:
+        return None if text is None else text.encode("utf-8", "replace").decode()
+
+    return verdict._replace(texts=[whole(text) for text in verdict.texts], detail=whole(verdict.detail))
 
 
 def measure_judge(judged: Pairs, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -94,7 +104,8 @@ def _measure(judged: Pairs, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]
         if named is not None
     ]
     credits = [row["credit"] for row in rows if row["credit"] is not None]
-    score = score_results([dict(row) for row in rows])
+    languages = by_language(rows)
+    score = score_languages({lang: score_results(own) for lang, own in languages.items()}, [dict(row) for row in rows])
     measured: dict[str, Any] = {
         "accuracy": _mean(credits),
         "num_rows": len(judged),
@@ -141,21 +152,31 @@ def ledger_table(ledgers: Mapping[str, Ledger]) -> Table:
 
 
 def write_exports(output: str, benchmark: Benchmark, rows: Sequence[dict[str, Any]], panel: Sequence[str]) -> None:
-    """Write the benchmark's file of each judge: `eval-set/{model}.json`, or one a language in its FLORES-200 folder."""
-    for model, languages in by_model_and_language(rows).items():
-        evaluated = Evaluated(model, JUDGE)
-        if model == PANEL and panel:
-            evaluated = Evaluated(f"PoLL/{'_'.join(panel)}", PANEL_TYPE)
-        if not benchmark.languages:
-            own = [row for found in languages.values() for row in found]
-            write_eval_set(output, evaluated, score_results(own).subsets)
-            continue
-        for lang, found in languages.items():
-            score: Score = score_results(found)
-            code = LANGUAGES[lang].flores if lang in LANGUAGES else lang
-            sections = {} if score.benchmark is None else score.benchmark.sections
-            measured = Measured(benchmark.dataset, code, score.subsets, sections)
-            write_translated_verdicts(files.join(output, code), evaluated, measured, [row["credit"] for row in found])
+    """Write the benchmark's files of each judge: `eval-set/{model}.json` and `pref-sets/{model}.json`, or one a language.
+
+    Sets that are several stand in folders of their names, and languages in folders of their FLORES-200 codes.
+    """
+    names = list(dict.fromkeys(row["set"] for row in rows))
+    for name in names:
+        folder = output if len(names) == 1 else files.join(output, name)
+        for model, languages in by_model_and_language(row for row in rows if row["set"] == name).items():
+            evaluated = Evaluated(model, JUDGE)
+            if model == PANEL and panel:
+                evaluated = Evaluated(f"PoLL/{'_'.join(panel)}", PANEL_TYPE)
+            for lang, found in languages.items():
+                code = LANGUAGES[lang].flores if lang in LANGUAGES else lang
+                where = files.join(folder, code) if benchmark.languages or len(languages) > 1 else folder
+                score: Score = score_results(found)
+                if benchmark.languages:
+                    sections = {} if score.benchmark is None else score.benchmark.sections
+                    measured = Measured(benchmark.dataset, code, score.subsets, sections)
+                    write_translated_verdicts(where, evaluated, measured, [row["credit"] for row in found])
+                    continue
+                prior = {subset: value for subset, value in score.subsets.items() if subset in benchmark.prior_sets}
+                core = {subset: value for subset, value in score.subsets.items() if subset not in prior}
+                write_eval_set(where, evaluated, core)
+                if prior:
+                    write_eval_set(where, evaluated, prior, "pref-sets")
 
 
 def failed_fraction(judged: Pairs) -> float:

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from rayrm.evaluation.answers import Answer, key_of
 from rayrm.evaluation.asking import Call
-from rayrm.evaluation.benchmarks import NoVerdictRule, rating_credit, verdict_credit
+from rayrm.evaluation.benchmarks import TIES, NoVerdictRule, rating_credit, verdict_credit
 from rayrm.evaluation.cases import Case, Status
-from rayrm.evaluation.results import by_model_and_language, score_results
+from rayrm.evaluation.results import by_language, score_results
 from rayrm.scoring.judge import (
     Judgement,
     Judging,
@@ -24,6 +24,8 @@ from rayrm.scoring.judge import (
     read_reply,
 )
 
+WORDLESS = ("length", "content_filter")
+"""Ends of an answer that leave a judge without a verdict, and not without an opinion."""
 TIES_TEMPLATE = "rating_ties"
 """Template for prompts with several right answers, which are rated whatever others are asked."""
 
@@ -70,7 +72,7 @@ class Examiner:
         ties = {"kind": "rating", "template": TIES_TEMPLATE, "orders": "one"}
         ties["method"] = "text" if judging.method == "labels" else judging.method
         self._judging, self._ties = judging, judging.model_copy(update=ties)
-        self._templates = {each: load_judge_template(each) for each in (self._judging, self._ties)}
+        self._templates = {each.template_name: load_judge_template(each) for each in (self._judging, self._ties)}
 
     def judging_of(self, case: Case) -> Judging:
         """How a case is judged: where no answer is the best one, all are rated."""
@@ -124,7 +126,7 @@ class Examiner:
         return Verdict(found.winner, found.status, credit, None, *shown, **told)
 
     def _question(self, judging: Judging, model: str, question: Question, placing: Placing) -> tuple[Asked, Call]:
-        body = partial(_body, judging, self._templates[judging], question, placing)
+        body = partial(_body, judging, self._templates[judging.template_name], question, placing)
         key = key_of(model, body())
         return Asked(key, judging, placing), Call(key, body, partial(read_reply, judging, placing=placing))
 
@@ -150,9 +152,11 @@ def _judge_ratings(case: Case, told: Mapping[str, Any], rule: NoVerdictRule) -> 
     winner = best[0] if is_whole and len(best) == 1 else None
     status: Status = "ok" if is_whole else "parse_error"
     credit = None
-    if case.has_a_best:
+    if case.subset != TIES:
         # Of a pair RewardBench wants both ratings and a difference; of more answers it takes what there is.
-        credit = verdict_credit(winner, status, rule) if case.is_pair else rating_credit(ratings, rule)
+        credit = (
+            verdict_credit(winner, status, rule) if case.is_pair else rating_credit(ratings, rule, case.num_correct)
+        )
     return Verdict(winner, status, credit, ratings, **told)
 
 
@@ -164,6 +168,9 @@ def _read(asked: Asked, answer: Answer | None) -> tuple[Judgement, Status, str |
         found = read_reply(asked.judging, answer.reply, asked.placing)
     except ValueError as error:
         return nothing, "error", str(error)
+    end = answer.reply["choices"][0].get("finish_reason")
+    if not found.text and end in WORDLESS:
+        return nothing, "error", f"the judge was stopped before it said a word (finish_reason {end}); raise max_tokens"
     return found, found.status, None
 
 
@@ -174,9 +181,10 @@ def check_benchmark(benchmark: str, cases: Iterable[Case]) -> None:
     their form.
     """
     verdicts = ((case, Verdict(None, "ok", 0.0, [None] * len(case.answers))) for case in cases)
-    for languages in by_model_and_language(result_rows("", "", benchmark, verdicts)).values():
-        for rows in languages.values():
-            score_results(rows)
+    rows = result_rows("", "", benchmark, verdicts)
+    for name in {row["set"] for row in rows}:
+        for own in by_language(row for row in rows if row["set"] == name).values():
+            score_results(own)
 
 
 def vote(case: Case, verdicts: Sequence[Verdict], rule: NoVerdictRule) -> Verdict:

@@ -68,6 +68,10 @@ def check_held_out(models: Sequence[PreferenceScoring], prepared: Sequence[Prepa
             )
         split = find_split(model.model)
         for part in prepared:
+            if part.rows != "preference":
+                raise ConfigError(
+                    f"split is 'held_out', and the sets hold {part.rows} rows too; take pairs alone, or all rows."
+                )
             groups = (group for table in iter_tables(part.path, ["group"]) for group in table["group"].to_pylist())
             if not any(is_held_out(group, split.fraction, split.seed) for group in groups):
                 raise EvaluationError(f"No {part.rows} row is of a group that the training of '{model.name}' held out.")
@@ -146,10 +150,6 @@ class ScoringJob(RowsJob):
 
 
 def _score(model: PreferenceScoring, part: Prepared, output: str, how: Evaluation) -> None:
-    if how.split == "held_out":
-        raise ConfigError(
-            f"split is 'held_out', and the sets hold {part.rows} rows, which have no groups; set split=all."
-        )
     job = ScoringJob(input=part.path, output=output, shard_rows=how.shard_rows, reward_model=model)
     stage = partial(score_candidates, config=model)
     transform_rows(job, Candidates, Scored, stage, {model.name: how.max_failed_fraction})

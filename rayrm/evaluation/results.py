@@ -130,7 +130,7 @@ def score_languages(scores: Mapping[str, Score], rows: Sequence[dict[str, Any]])
     """
     if len(scores) == 1:
         return next(iter(scores.values()))
-    if all(score.benchmark is None for score in scores.values()):
+    if not scores or all(score.benchmark is None for score in scores.values()):
         return score_results(rows)
     foreign = [score for lang, score in scores.items() if lang != "en"]
     parts = [score.benchmark for score in foreign if score.benchmark is not None]
@@ -155,6 +155,14 @@ def score_languages(scores: Mapping[str, Score], rows: Sequence[dict[str, Any]])
 def _mean_of(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def by_language(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of one model and set by language, in the order in which they come."""
+    found: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        found[row["lang"]].append(dict(row))
+    return dict(found)
 
 
 def by_model_and_language(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:

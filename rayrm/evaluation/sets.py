@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import logging
 from collections import Counter, defaultdict
@@ -19,6 +20,7 @@ from rayrm.evaluation.benchmarks import BENCHMARKS, PRIOR_DATASET, REWARD_BENCH,
 from rayrm.languages import LANGUAGES
 from rayrm.rows import set_column, with_hidden
 from rayrm.runs import INPUT, abandon_run, commit_shard, finish_run, shard_path, start_run
+from rayrm.seeds import seed_of
 from rayrm.sources.detection import Rows, find_rows, find_source_columns
 from rayrm.sources.kinds import ROW_KINDS
 from rayrm.sources.preferences import PreferencesConfig, PreferenceSource, SourceColumns, make_tables, select_rows
@@ -206,8 +208,8 @@ def _read_set(part: EvaluationSet, config: PreparedSets) -> tuple[Rows, pa.Table
     first = next(iter(open_tables(part.input, part.split, part.config)()), pa.table({}))
     rows = find_rows(first.schema, part.rows, part.columns, part.input)
     columns = find_source_columns(first, rows, part.columns)
-    ids = _check_ids(part, columns)
-    if ids == "repeated":
+    uniqueness = _check_ids(part, columns)
+    if uniqueness == "repeated":
         columns = columns.model_copy(update={"id": None})
     source = PreferenceSource(
         input=part.input,
@@ -216,8 +218,7 @@ def _read_set(part: EvaluationSet, config: PreparedSets) -> tuple[Rows, pa.Table
         name=part.subset,
         columns=columns,
         lang=part.lang,
-        max_rows=part.max_rows,
-        ids_within_subset=ids == "within_subset",
+        ids_within_subset=uniqueness == "within_subset",
     )
     selecting = PreferencesConfig(rows=rows, sources=[source])
     selected = select_rows(selecting, lambda num: None)
@@ -228,6 +229,15 @@ def _read_set(part: EvaluationSet, config: PreparedSets) -> tuple[Rows, pa.Table
         other = counts["written"] - table.num_rows
         dropped = {**counts["dropped"], **({"other_language": other} if other else {})}
         counts = {**counts, "written": table.num_rows, "dropped": dropped}
+    if part.max_rows is not None and table.num_rows > part.max_rows:
+        ids = table["id"].to_pylist()
+        drawn = heapq.nsmallest(part.max_rows, range(len(ids)), key=lambda index: (seed_of(0, ids[index]), index))
+        counts = {
+            **counts,
+            "written": part.max_rows,
+            "dropped": {**counts["dropped"], "over_limit": len(ids) - len(drawn)},
+        }
+        table = table.take(sorted(drawn))
     if part.subset is not None:
         table = set_column(table, "subset", pa.array([part.subset] * table.num_rows, pa.string()))
     return rows, _with_metadata(table, columns.keep, config.keep, part.name), counts

@@ -15,8 +15,8 @@ from rayrm.config import NOT_IDENTITY, Config
 from rayrm.errors import ConfigError
 from rayrm.retrying import read_retry_after
 
-RETRY_CODES = (408, 429, 500, 502, 503, 504)
-BUSY_CODES = (408, 429, 503, 504)
+RETRY_CODES = (408, 409, 425, 429, *range(500, 600))
+BUSY_CODES = (408, 429, 503, 504, 529)
 """Those that fewer requests at once would help."""
 REQUEST_CODES = (400, 413, 422)
 """Those that tell of a request and nothing of the endpoint."""
@@ -28,7 +28,7 @@ Fault = Literal["busy", "late", "broken", "request", "refused"]
 class EndpointConfig(Config):
     """A language model behind an OpenAI-compatible endpoint."""
 
-    url: str = Field(pattern=r"^https?://")
+    url: str = Field(pattern=r"^https?://", json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
     """Address of its API, up to and with `/v1`."""
     model: str
     """What the endpoint calls it."""
@@ -115,7 +115,7 @@ class Endpoint:
                 return _read(reply.content)
             except (ValueError, RecursionError) as error:
                 raise EndpointError(f"{missing}: {error}.", "broken") from None
-        told = f"it answered {reply.status_code}: {self._without_key(reply.text)[:300]}"
+        told = f"it answered {reply.status_code}: {self.without_key(reply.text)[:300]}"
         if reply.status_code in RETRY_CODES:
             fault: Fault = "busy" if reply.status_code in BUSY_CODES else "broken"
             raise EndpointError(f"{missing}: {told}.", fault, read_retry_after(reply.headers.get("retry-after")))
@@ -126,7 +126,8 @@ class Endpoint:
         """Give the connections back."""
         await self._http.aclose()
 
-    def _without_key(self, text: str) -> str:
+    def without_key(self, text: str) -> str:
+        """A text without the endpoint's key, should it hold that."""
         return text if self._key is None else text.replace(self._key, "…")
 
 
@@ -144,8 +145,8 @@ def read_key(config: EndpointConfig, name: str) -> str | None:
 
 
 def pause_before(error: EndpointError, pause_s: float) -> float:
-    """Seconds to wait before asking again: what the endpoint said, else `pause_s` or down to half of it, by chance."""
-    return pause_s * random.uniform(0.5, 1.0) if error.retry_after_s is None else error.retry_after_s
+    """Seconds to wait before asking again: `pause_s` or down to half of it, by chance; more if the endpoint said so."""
+    return max(error.retry_after_s or 0.0, pause_s * random.uniform(0.5, 1.0))
 
 
 def _read(content: bytes) -> dict[str, Any]:

@@ -54,8 +54,17 @@ class Judging(Config):
     rule: Literal["strict", "reward_bench"] = "strict"
     """strict: exactly one verdict is marked, at the end; reward_bench: the first letter, in the order of the alphabet,
     that is marked anywhere, as that benchmark reads it."""
+    system_prompt: bool = True
+    """Whether the instruction is a system turn; false puts it before the conversation, for templates without one."""
+    request: dict[str, Any] = Field({})
+    """Fields of the request beside or in place of ours, such as max_tokens; null takes one out."""
     seed: int = 0
     """Draws the placing, together with the row's id."""
+
+    @property
+    def template_name(self) -> str:
+        """Name or path of the template."""
+        return self.template or self.kind
 
     @model_validator(mode="after")
     def _ratings_are_read_whole(self) -> Judging:
@@ -112,10 +121,12 @@ def placings(judging: Judging, num_answers: int, row_id: str) -> list[Placing]:
 def load_judge_template(judging: Judging) -> str:
     """The Jinja text of the judge's prompt.
 
-    Raises ConfigError for a name that is nowhere, and for a template without the line ===== that separates the
-    instruction from what is judged.
+    Raises ConfigError for a name that is nowhere, for a template without the line ===== that separates the instruction
+    from what is judged, and for one that is no Jinja or asks for what it is not given.
     """
-    name = judging.template or judging.kind
+    from jinja2 import TemplateError
+
+    name = judging.template_name
     packaged = resources.files("rayrm") / "judges" / f"{name}.jinja"
     if packaged.is_file():
         text = packaged.read_text(encoding="utf-8")
@@ -128,6 +139,10 @@ def load_judge_template(judging: Judging) -> str:
         )
     if SEPARATOR not in text:
         raise ConfigError(f"The judge's template '{name}' has no line ===== between instruction and conversation.")
+    try:
+        judge_messages(judging, text, Question([Message(role="user", content="a")], ["b", "c"]), Placing((0, 1)))
+    except TemplateError as error:
+        raise ConfigError(f"The judge's template '{name}' cannot be filled in: {error}.") from error
     return text
 
 
@@ -143,7 +158,7 @@ class Question(NamedTuple):
 
 
 def judge_messages(judging: Judging, template: str, question: Question, placing: Placing) -> list[Message]:
-    """A system and a user turn that ask for a verdict."""
+    """A system and a user turn that ask for a verdict, or one user turn."""
     lettered = [(LETTERS[place], question.answers[number]) for place, number in enumerate(placing.order)]
     parts = [
         part.render(
@@ -155,7 +170,10 @@ def judge_messages(judging: Judging, template: str, question: Question, placing:
         )
         for part in _parts(template)
     ]
-    return [{"role": "system", "content": parts[0].strip()}, {"role": "user", "content": parts[1].strip()}]
+    instruction, judged = (part.strip() for part in parts)
+    if not judging.system_prompt:
+        return [{"role": "user", "content": f"{instruction}\n\n{judged}"}]
+    return [{"role": "system", "content": instruction}, {"role": "user", "content": judged}]
 
 
 @lru_cache(maxsize=32)
@@ -181,8 +199,8 @@ def chat_request(judging: Judging, messages: Sequence[Message], num_answers: int
     """What an OpenAI-compatible endpoint is asked, but for its model's name."""
     body: dict[str, Any] = {"messages": list(messages), "temperature": 0.0, "max_tokens": MAX_TOKENS}
     if judging.method == "labels":
-        return body | {"max_tokens": 1, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
-    if judging.method == "constrained":
+        body |= {"max_tokens": 1, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
+    elif judging.method == "constrained":
         schema = {
             "type": "object",
             "properties": {VERDICT: {"type": "string", "enum": labels(judging, num_answers)}},
@@ -190,8 +208,8 @@ def chat_request(judging: Judging, messages: Sequence[Message], num_answers: int
             "additionalProperties": False,
         }
         wanted = {"type": "json_schema", "json_schema": {"name": VERDICT, "strict": True, "schema": schema}}
-        return body | {"response_format": wanted, "max_tokens": 64}
-    return body
+        body |= {"response_format": wanted, "max_tokens": 64}
+    return {name: value for name, value in (body | judging.request).items() if value is not None}
 
 
 def read_reply(judging: Judging, reply: Mapping[str, Any], placing: Placing) -> Judgement:

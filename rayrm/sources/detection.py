@@ -53,6 +53,11 @@ def find_source_columns(first: pa.Table, rows: Rows, given: SourceColumns) -> So
 
     What `given` names stays. Of conversations before and behind which a prompt stands too, that is not read.
     """
+    names = first.column_names
+    if {"instruction", "input"} <= set(names) and "prompt" not in names and "prompt" not in given.model_fields_set:
+        raise SchemaError(
+            "A set has both columns instruction and input, and no prompt; join them, or name one by columns.prompt."
+        )
     kind = ROW_KINDS[rows]
     fields = {*COMMON, *kind.fields}
     columns: dict[str, Any] = dict.fromkeys(fields & _NOT_LOOKED_FOR)
