@@ -219,9 +219,11 @@ def test_another_calibration_is_another_run(model, tmp_path, ray_cluster):
 def test_evaluation_and_scoring_check_the_languages_of_their_rows(model, tmp_path):
     store_calibration(model, CALIBRATION)
     path = base.write_preferences(tmp_path / "in.parquet", base.preferences(2))
-    given = words(model, path, tmp_path / "out", "reward_model.calibration=language")
+    given = ["type=reward_model", f"model={model}", "calibration=language"]
+    given = [f"reward_models.0.{word}" for word in given]
     with pytest.raises(ConfigError, match="has rows of de-en"):
-        evaluate_reward_model.main(given)
+        evaluate_reward_model.main([f"sets.0.input={path}", f"output={tmp_path}/evaluation", *given])
+    assert not list((tmp_path / "evaluation").iterdir())
     candidates = [{**row, "candidates": ["Hund"]} for row in base.preferences(2)]
     path = base.write_preferences(tmp_path / "candidates.parquet", candidates)
     scoring = ["scoring.type=reward_model", f"scoring.model={model}", "scoring.calibration=language"]

@@ -276,7 +276,7 @@ def test_hub_dataset_is_loaded_with_its_split(tmp_path, monkeypatch):
 
     asked = []
 
-    def load(path, split):
+    def load(path, name, split):
         asked.append((path, split))
         if path == "some/missing":
             raise datasets.exceptions.DatasetNotFoundError("Dataset 'some/missing' doesn't exist on the Hub.")
@@ -287,7 +287,7 @@ def test_hub_dataset_is_loaded_with_its_split(tmp_path, monkeypatch):
     prepare_prompts.main(["input=some/corpus", "split=dev", f"output={tmp_path / 'out'}"])
     assert read_table(str(tmp_path / "out")).num_rows == 5
     assert json.loads((tmp_path / "out" / "run.json").read_text())["inputs"] == {"input": "hub:some/corpus"}
-    with pytest.raises(ConfigError, match="no such dataset: Dataset 'some/missing' doesn't exist"):
+    with pytest.raises(ConfigError, match="nor does the hub give one: Dataset 'some/missing' doesn't exist"):
         prepare_prompts.main(["input=some/missing", f"output={tmp_path / 'other'}"])
     assert asked == [("some/corpus", "dev"), ("some/missing", "train")]
 

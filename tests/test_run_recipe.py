@@ -120,7 +120,8 @@ def test_merge_and_expand():
 
 def test_a_failure_is_one_sentence_and_exit_code_1(tmp_path):
     job = {"job": "evaluate_reward_model", "name": "evaluation", "config": {}}
-    config = {"input": "${run}/none", "output": "${run}/out", "reward_model": {"model": "${run}/no/model"}}
+    model = {"type": "reward_model", "model": "${run}/no/model"}
+    config = {"sets": [{"input": "${run}/none"}], "output": "${run}/out", "reward_models": [model]}
     path = write_recipe(tmp_path, {**job, "config": config})
     done = subprocess.run(
         [sys.executable, "-m", "jobs.run_recipe", path],

@@ -37,8 +37,8 @@ Render = Callable[[Sequence[Message], str | None], str]
 def export_model(evaluated: EvaluatedModel, title: str, benchmark: str | None, output: str) -> list[str]:
     """Write all files of a model, which they call `title`, below `output`; give their paths.
 
-    Sets that are no benchmark's, and sets of a benchmark that are several, stand in folders of their names; languages
-    of M-RewardBench, and languages that are several, in folders of their FLORES-200 codes.
+    Sets that are no benchmark's, and sets of a benchmark that are several, stand in folders of their names; the languages
+    of a benchmark, where it is M-RewardBench or they are several, in folders of their FLORES-200 codes.
     """
     about, render = describe_model(evaluated.config, title), make_render(evaluated.config)
     bench = BENCHMARKS[benchmark] if benchmark else None
@@ -52,10 +52,12 @@ def export_model(evaluated: EvaluatedModel, title: str, benchmark: str | None, o
                 scored = [_scored_text(row, evaluated.config.name, render) for row in _rows(evaluated, rows, name)]
                 paths.append(write_texts(folder, about, scored))
                 continue
-            languages = sorted({row["lang"] for row in evaluated.results if row["set"] == name})
+            languages: list[str | None] = [None]
+            if bench:
+                languages = list(dict.fromkeys(row["lang"] for row in evaluated.results if row["set"] == name))
             for lang in languages:
-                is_split = len(languages) > 1 or (bench is not None and bench.languages)
-                where = files.join(folder, _code(lang)) if is_split else folder
+                is_split = bench is not None and (len(languages) > 1 or bench.languages)
+                where = files.join(folder, _code(lang or "")) if is_split else folder
                 part = _Part(evaluated, name, lang, about, render)
                 paths += part.export_best_of(where) if rows == "best_of" else part.export_pairs(where, bench)
     return paths
@@ -71,20 +73,20 @@ def _code(lang: str) -> str:
 
 
 class _Part(NamedTuple):
-    """What a model made of one set in one language."""
+    """What a model made of one set in one language, or in all of them."""
 
     evaluated: EvaluatedModel
     name: str
-    lang: str
+    lang: str | None
     about: Evaluated
     render: Render
 
     def _select(self, rows: str) -> list[dict[str, Any]]:
-        return [row for row in _rows(self.evaluated, rows, self.name) if row["lang"] == self.lang]
+        return [row for row in _rows(self.evaluated, rows, self.name) if self.lang in (None, row["lang"])]
 
     def _score(self) -> Score:
         results = self.evaluated.results
-        return score_results([row for row in results if (row["set"], row["lang"]) == (self.name, self.lang)])
+        return score_results([row for row in results if row["set"] == self.name and self.lang in (None, row["lang"])])
 
     def export_pairs(self, where: str, benchmark: Benchmark | None) -> list[str]:
         pairs = [scored_pair(row, self.render) for row in self._select("preference")]
@@ -93,7 +95,7 @@ class _Part(NamedTuple):
         score = self._score()
         if benchmark.languages:
             sections = score.benchmark.sections if score.benchmark else {}
-            measured = Measured(M_REWARD_BENCH.dataset, _code(self.lang), score.subsets, sections)
+            measured = Measured(M_REWARD_BENCH.dataset, _code(self.lang or ""), score.subsets, sections)
             return write_translated_pairs(where, self.about, measured, pairs)
         return _export_sections(self.about, pairs, score.subsets, benchmark, where)
 
