@@ -17,12 +17,12 @@ from pydantic import Field, model_validator
 from rayrm.config import NOT_IDENTITY, parse_args, run_job
 from rayrm.errors import EvaluationError
 from rayrm.evaluation.report import Table, format_table
+from rayrm.languages import short_code
 from rayrm.quarantine import read_dropped
 from rayrm.rows import Preference
 from rayrm.runs import RowsJob, transform_rows
 from rayrm.shards import iter_tables
 from rayrm.translation import FAULTS, TranslationConfig, check_translation, translate_preferences
-from rayrm.translation.codes import short_code
 from rayrm.translation.exports import name_dataset, push_translations, write_translations
 
 Counts = dict[str, dict[str, Any]]

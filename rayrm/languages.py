@@ -101,6 +101,19 @@ def _read(row: str) -> Language:
 LANGUAGES = {language.code: language for language in map(_read, _ROWS.strip().splitlines())}
 
 
+_SHORT_CODES = {language.flores: language.code for language in LANGUAGES.values()}
+
+
+def short_code(code: str) -> str:
+    """The table's code of a language that is named by its FLORES code; any other code stands for itself."""
+    return _SHORT_CODES.get(code, code)
+
+
+def flores_code(code: str) -> str:
+    """The FLORES code of a language of the table; any other code stands for itself."""
+    return LANGUAGES[code].flores if code in LANGUAGES else code
+
+
 def language_name(code: str) -> str:
     """English name of a language; a code that is not in the table stands for itself."""
     return LANGUAGES[code].name if code in LANGUAGES else code

@@ -2,7 +2,6 @@
 
 import math
 
-import pyarrow as pa
 import pytest
 
 from rayrm.errors import EvaluationError
@@ -12,20 +11,16 @@ from rayrm.evaluation.benchmarks import (
     REWARD_BENCH,
     REWARD_BENCH_2,
     BestOf,
-    best_of_accuracies,
     best_of_credit,
     count_verdicts,
     mean_credits,
     pair_credit,
     rating_credit,
-    regroup,
     score_benchmark,
     score_ties,
-    subset_accuracies,
-    unroll,
     verdict_credit,
 )
-from rayrm.evaluation.preferences import BootstrapConfig, measure, read_pairs
+from rayrm.evaluation.results import score_results
 from rayrm.languages import LANGUAGES
 
 NAN = float("nan")
@@ -167,27 +162,6 @@ def test_a_tie_of_a_pair_is_wrong():
     assert [pair_credit(*pair) for pair in [(None, 1.0), (1.0, None), (NAN, 1.0), (math.inf, 1.0)]] == [None] * 4
 
 
-def test_accuracies_of_subsets_come_from_measured_pairs():
-    rewards = {"hep-go": [(2.0, 1.0), (1.0, 1.0)], "donotanswer": [(1.0, 0.0)], "math-prm": [(None, 1.0)]}
-    rows = [
-        {
-            "group": "g",
-            "src_lang": None,
-            "tgt_lang": None,
-            "lang": "de",
-            "subset": subset,
-            "chosen": [{"role": "assistant", "content": "aa"}],
-            "rejected": [{"role": "assistant", "content": "b"}],
-            "chosen_reward": chosen,
-            "rejected_reward": rejected,
-        }
-        for subset, pairs in rewards.items()
-        for chosen, rejected in pairs
-    ]
-    slices = measure(read_pairs(pa.Table.from_pylist(rows)), BootstrapConfig(num_resamples=2), "the rows")
-    assert subset_accuracies(slices) == {"hep-go": 0.5, "donotanswer": 1.0}
-
-
 @pytest.mark.parametrize(("rule", "credit"), [("unscored", None), ("half", 0.5), ("quarter", 0.25)])
 def test_an_answer_without_verdict_has_the_credit_of_the_rule(rule, credit):
     assert verdict_credit(0, "ok", rule) == 1.0
@@ -217,16 +191,6 @@ def test_rows_without_a_credit_are_no_part_of_a_mean():
 
 
 # Best of n.
-
-
-def test_right_answers_come_first_and_rewards_find_their_way_back():
-    flat, sizes = unroll([(["r"], ["w1", "w2", "w3"]), (["a", "b"], ["c"])])
-    assert flat == ["r", "w1", "w2", "w3", "a", "b", "c"]
-    assert sizes == [4, 3]
-    assert regroup([1, 2, 3, 4, 5, 6, 7], sizes) == [[1, 2, 3, 4], [5, 6, 7]]
-    for num in (6, 8):
-        with pytest.raises(EvaluationError, match=f"{num} rewards came for 7 answers"):
-            regroup(list(range(num)), sizes)
 
 
 @pytest.mark.parametrize(
@@ -366,13 +330,21 @@ def test_accuracies_of_reward_bench_2():
         BestOf("4", "Focus", 1, [None, 2.0, 0.0, 0.0]),
         BestOf("5", "Safety", 1, [None, 2.0, 0.0, 0.0]),
     ]
-    assert best_of_accuracies(rows) == {"Math": 0.75, "Focus": 0.0}
+    assert subset_scores(rows) == {"Math": 0.75, "Focus": 0.0}
     rows += ties(ref_1=([5.0], [4.0]), tied_1=([6.0, 4.0], [1.0]))
-    assert best_of_accuracies(rows) == {
+    assert subset_scores(rows) == {
         "Math": 0.75,
         "Focus": 0.0,
         "Ties": pytest.approx(0.8 + 0.01 * math.tanh(-0.5)),
     }
+
+
+def subset_scores(rows):
+    """What Result rows of these rewards come to."""
+    results = [{**row._asdict(), "benchmark": "reward_bench_2"} for row in rows]
+    for result in results:
+        result["credit"] = None if result["subset"] == "Ties" else best_of_credit(result["rewards"])
+    return score_results(results).subsets
 
 
 def test_right_answers_share_what_the_best_ones_earn():

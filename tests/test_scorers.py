@@ -1,5 +1,6 @@
 """The registry of scorers: classes of other packages, the HTTP service, and what all scorers of preferences share."""
 
+import json
 import math
 import os
 import sys
@@ -15,10 +16,12 @@ from test_client import Server
 from test_evaluate_reward_model import kind, language_model, preferences  # noqa: F401
 from test_served_kinds import serve
 
+from jobs.evaluate_reward_model import EvaluateRewardModel
 from rayrm import scoring
 from rayrm.config import Config, build_config
 from rayrm.errors import CheckpointError, ConfigError, SchemaError, ServiceError
 from rayrm.evaluation.rewarding import RewardStage
+from rayrm.evaluation.sets import prepare_sets
 from rayrm.rows import Preference
 from rayrm.runs import identity
 from rayrm.scoring import (
@@ -34,6 +37,7 @@ from rayrm.scoring.implicit import ImplicitScoring
 from rayrm.scoring.pairwise import PairwiseScoring
 from rayrm.scoring.reward_model import RewardModelScorer, RewardModelScoring
 from rayrm.scoring.service import ServiceScoring
+from rayrm.shards import read_table
 
 replica = base.replica
 
@@ -95,6 +99,16 @@ class Brevity:
         return [[(float(self.longest - len(text)), "ok") for text in row["candidates"]] for row in rows]
 
 
+class OnTopic:
+    needs = ("topic",)
+
+    def __init__(self, config):
+        pass
+
+    def score(self, rows):
+        return [[(float(row["topic"] in text), "ok") for text in row["candidates"]] for row in rows]
+
+
 class Longer:
     compares = True
     model_type = "Ruler"
@@ -126,6 +140,7 @@ def function(config):
     return Brevity(config)
 """
 POINTS = """[rayrm.scorers]
+on_topic = my_scorers:OnTopic
 brevity = my_scorers:Brevity
 longer = my_scorers:Longer
 lazy = my_scorers:Lazy
@@ -180,7 +195,7 @@ def test_a_class_that_compares_sees_both_sides(package):
 
 
 def test_an_unknown_name_lists_the_known_ones(package):
-    known = "brevity, broken, function, lazy, longer, lost, mute"
+    known = "brevity, broken, function, lazy, longer, lost, mute, on_topic"
     with pytest.raises(ConfigError, match=rf"'shortness', and .* group 'rayrm.scorers' \(they have {known}\)"):
         check_preference_scoring(CustomScoring(scorer="shortness"))
     sys.path.remove(package)
@@ -228,6 +243,19 @@ def test_candidates_are_scored_and_their_columns_checked(package, tmp_path):
         check_preference_scoring(config, [str(tmp_path / "bare.parquet")])
     with pytest.raises(ConfigError, match="'custom' of the type 'custom' compares two completions"):
         check_scoring(str(tmp_path / "rows.parquet"), CustomScoring(scorer="longer"))
+
+
+def test_evaluations_keep_the_columns_that_a_class_needs(package, tmp_path):
+    row = {"prompt": "Why?", "chosen": "A dog.", "rejected": "A cat.", "topic": "dog", "note": "n"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    sets = [{"input": str(tmp_path / "rows.jsonl")}]
+    scoring = CustomScoring(scorer="on_topic")
+    config = EvaluateRewardModel(reward_models=[scoring], sets=sets, output=str(tmp_path / "out"))
+    (prepared,) = prepare_sets(config.prepared)
+    check_preference_scoring(scoring, [prepared.path])
+    table = RewardStage(scoring, None)(read_table(prepared.path))
+    assert (table["chosen_reward"].to_pylist(), table["rejected_reward"].to_pylist()) == ([1.0], [0.0])
+    assert json.loads(table["metadata"].to_pylist()[0]) == {"note": "n"}
 
 
 @pytest.mark.ray

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple, TypeGuard, TypeVar
 
 from rayrm.errors import EvaluationError
-from rayrm.evaluation.preferences import Slice
 from rayrm.languages import LANGUAGES, Language
 
 ItemT = TypeVar("ItemT")
@@ -135,11 +134,6 @@ def _section_score(section: Section, accuracies: Mapping[str, float]) -> float |
     return sum(accuracies[subset.name] * subset.weight for subset in measured) / weight if weight else None
 
 
-def subset_accuracies(slices: Iterable[Slice]) -> dict[str, float]:
-    """Subset to accuracy, a tie being a miss; a subset without a scored row is left out."""
-    return {s.name: s.metrics["accuracy"] for s in slices if s.kind == "subset" and s.metrics["num_rows"]}
-
-
 def pair_credit(chosen: float | None, rejected: float | None) -> int | None:
     """1 where the chosen reward is the higher one, else 0, a tie included; null where a reward is missing."""
     return int(chosen > rejected) if _is_known(chosen) and _is_known(rejected) else None
@@ -183,20 +177,6 @@ class BestOf(NamedTuple):
     rewards: Sequence[float | None]
 
 
-def unroll(rows: Iterable[tuple[Sequence[ItemT], Sequence[ItemT]]]) -> tuple[list[ItemT], list[int]]:
-    """Right and wrong answers of prompts as one list, the right ones first, and how many answers each prompt has."""
-    groups = [[*correct, *incorrect] for correct, incorrect in rows]
-    return [answer for group in groups for answer in group], [len(group) for group in groups]
-
-
-def regroup(values: Sequence[ItemT], sizes: Sequence[int]) -> list[list[ItemT]]:
-    """One list a prompt, of what `unroll` made one. Raises EvaluationError unless the sizes add up."""
-    if sum(sizes) != len(values):
-        raise EvaluationError(f"{len(values):,} rewards came for {sum(sizes):,} answers; each answer needs one.")
-    items = iter(values)
-    return [[next(items) for _ in range(size)] for size in sizes]
-
-
 def best_of_credit(rewards: Sequence[float | None], num_correct: int = 1) -> float | None:
     """The share of right answers, the first `num_correct`, among those with the highest reward; null if a reward is.
 
@@ -210,16 +190,6 @@ def rating_credit(ratings: Sequence[float | None], rule: NoVerdictRule, num_corr
     known = {number: rating for number, rating in enumerate(ratings) if _is_known(rating)}
     winners = [number for number, rating in known.items() if rating == max(known.values())]
     return sum(number < num_correct for number in winners) / len(winners) if winners else NO_VERDICT[rule]
-
-
-def best_of_accuracies(rows: Sequence[BestOf]) -> dict[str, float]:
-    """Subset to score: of Ties that of `score_ties`, of the others the mean of `best_of_credit`."""
-    others = [row for row in rows if row.subset != TIES]
-    found = mean_credits(
-        [row.subset for row in others], [best_of_credit(row.rewards, row.num_correct) for row in others]
-    )
-    ties = score_ties([row for row in rows if row.subset == TIES]).score
-    return found if ties is None else {**found, TIES: ties}
 
 
 class TiesScore(NamedTuple):

@@ -25,7 +25,7 @@ from rayrm.evaluation.exports import (
 )
 from rayrm.evaluation.models import EvaluatedModel
 from rayrm.evaluation.results import Score, own_id, score_results
-from rayrm.languages import LANGUAGES
+from rayrm.languages import flores_code
 from rayrm.models.folders import load_tokenizer, read_mark
 from rayrm.rows import Message
 from rayrm.scoring import model_type_of
@@ -57,7 +57,7 @@ def export_model(evaluated: EvaluatedModel, title: str, benchmark: str | None, o
                 languages = list(dict.fromkeys(row["lang"] for row in evaluated.results if row["set"] == name))
             for lang in languages:
                 is_split = bench is not None and (len(languages) > 1 or bench.languages)
-                where = files.join(folder, _code(lang or "")) if is_split else folder
+                where = files.join(folder, flores_code(lang or "")) if is_split else folder
                 part = _Part(evaluated, name, lang, about, render)
                 paths += part.export_best_of(where) if rows == "best_of" else part.export_pairs(where, bench)
     return paths
@@ -66,10 +66,6 @@ def export_model(evaluated: EvaluatedModel, title: str, benchmark: str | None, o
 def _rows(evaluated: EvaluatedModel, rows: str, name: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = evaluated.select(rows, name).to_pylist()
     return found
-
-
-def _code(lang: str) -> str:
-    return LANGUAGES[lang].flores if lang in LANGUAGES else lang
 
 
 class _Part(NamedTuple):
@@ -95,7 +91,7 @@ class _Part(NamedTuple):
         score = self._score()
         if benchmark.languages:
             sections = score.benchmark.sections if score.benchmark else {}
-            measured = Measured(M_REWARD_BENCH.dataset, _code(self.lang or ""), score.subsets, sections)
+            measured = Measured(M_REWARD_BENCH.dataset, flores_code(self.lang or ""), score.subsets, sections)
             return write_translated_pairs(where, self.about, measured, pairs)
         return _export_sections(self.about, pairs, score.subsets, benchmark, where)
 
@@ -182,7 +178,7 @@ def scored_pair(row: dict[str, Any], render: Render) -> ScoredPair:
     own: dict[str, Any] = {
         "id": int(name) if name.isdigit() else name,
         "subset": subset,
-        "language": _code(row["lang"]),
+        "language": flores_code(row["lang"]),
     }
     chosen, rejected = (
         render([*row["prompt"], *row[side][:-1]], row[side][-1]["content"]) for side in ("chosen", "rejected")

@@ -17,7 +17,7 @@ from rayrm.evaluation.exports import Evaluated, Measured, write_eval_set, write_
 from rayrm.evaluation.judging import Verdict
 from rayrm.evaluation.report import Table
 from rayrm.evaluation.results import JUDGE, Score, by_language, by_model_and_language, score_languages, score_results
-from rayrm.languages import LANGUAGES
+from rayrm.languages import flores_code
 from rayrm.rows import NUMBERS, TEXTS, RowType
 
 PANEL = "panel"
@@ -164,7 +164,7 @@ def write_exports(output: str, benchmark: Benchmark, rows: Sequence[dict[str, An
             if model == PANEL and panel:
                 evaluated = Evaluated(f"PoLL/{'_'.join(panel)}", PANEL_TYPE)
             for lang, found in languages.items():
-                code = LANGUAGES[lang].flores if lang in LANGUAGES else lang
+                code = flores_code(lang)
                 where = files.join(folder, code) if benchmark.languages or len(languages) > 1 else folder
                 score: Score = score_results(found)
                 if benchmark.languages:

@@ -102,7 +102,17 @@ class EvaluatedOn(Config):
     def prepared(self) -> PreparedSets:
         """The sets as rows of ours, in the output."""
         folder = files.join(self.output, SETS)
-        return PreparedSets(sets=self.all_sets, languages=self.languages, output=folder, shard_rows=self.shard_rows)
+        return PreparedSets(
+            sets=self.all_sets,
+            languages=self.languages,
+            keep=self.needed_columns(),
+            output=folder,
+            shard_rows=self.shard_rows,
+        )
+
+    def needed_columns(self) -> list[str]:
+        """Columns of the sets that something reads beside those of all rows."""
+        return []
 
     def count_rows(self) -> dict[str, dict[str, Any]]:
         """What was read, written and dropped of each set."""

@@ -13,7 +13,7 @@ from pydantic import Field
 from rayrm.batching import token_batches
 from rayrm.config import NOT_IDENTITY, Config
 from rayrm.errors import CheckpointError, ConfigError, ResourceError
-from rayrm.languages import LANGUAGES
+from rayrm.languages import LANGUAGES, flores_code
 from rayrm.models.ctranslate import CTranslate2Engine, is_converted
 from rayrm.models.folders import load_tokenizer, local_model
 
@@ -136,7 +136,7 @@ def find_languages(tokenizer: Any, codes: Iterable[str]) -> dict[str, str]:
     Raises ConfigError that names all codes which the model has not, and for each the closest ones that it has.
     """
     known = language_codes(tokenizer)
-    found = {code: LANGUAGES[code].flores if code in LANGUAGES else code for code in codes}
+    found = {code: flores_code(code) for code in codes}
     missing = [code for code, own in found.items() if own not in known]
     if missing:
         told = ", ".join(f"'{code}' (close: {', '.join(_close_codes(code, known)) or 'none'})" for code in missing)

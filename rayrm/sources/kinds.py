@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 
 from rayrm import files
-from rayrm.languages import LANGUAGES
+from rayrm.languages import short_code
 from rayrm.rows import Candidates, Message, Preference, Rated, RowType, Stepwise
 from rayrm.sources.validation import (
     Fields,
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 _SIGNS = {"+": 1.0, "-": 0.0}
 _NO_SOURCE = dict.fromkeys(("source", "reference", "anchor"))
-_ISO_CODES = {language.flores: language.code for language in LANGUAGES.values()}
 
 
 def preference_row(fields: Fields) -> dict[str, Any]:
@@ -180,7 +179,7 @@ def make_row(fields: Fields, source: PreferenceSource, kind: RowKind) -> dict[st
         **row,
         "src_lang": fields.get("src_lang"),
         "tgt_lang": fields.get("tgt_lang"),
-        "lang": _ISO_CODES.get(lang, lang),
+        "lang": short_code(lang),
         "subset": subset,
         "weight": _weight(fields.get("weight"), source.weight),
         "tools": tools,

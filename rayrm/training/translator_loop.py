@@ -18,7 +18,7 @@ import torch
 from rayrm import files
 from rayrm.batching import token_batches
 from rayrm.errors import CheckpointError
-from rayrm.languages import LANGUAGES
+from rayrm.languages import flores_code
 from rayrm.models.nllb import Decoding, Translator, load_translator, translate_sentences
 from rayrm.training.checkpoints import export_model
 from rayrm.training.curves import write_curves
@@ -77,11 +77,6 @@ def train_loop(given: dict[str, Any]) -> dict[str, Any]:
         "num_parameters": int(model.num_parameters()),
         "metrics": {"loss": history[-1]["loss"], **metrics},
     }
-
-
-def flores_code(lang: str) -> str:
-    """NLLB's code of a language that is a code of the table or NLLB's own."""
-    return LANGUAGES[lang].flores if lang in LANGUAGES else lang
 
 
 def make_tokenizer(all_pairs: Sequence[Pair], train: Sequence[Pair], vocab_size: int) -> Any:

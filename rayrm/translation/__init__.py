@@ -11,11 +11,11 @@ from pydantic import Field, field_validator
 
 from rayrm import cluster
 from rayrm.config import NOT_IDENTITY, Workers
+from rayrm.languages import flores_code, short_code
 from rayrm.models.folders import check_model, load_tokenizer
 from rayrm.models.nllb import find_languages, language_codes, load_translator
 from rayrm.rows import MESSAGES, TEXTS, Message, Preference, map_table, set_column
 from rayrm.runs import INPUT
-from rayrm.translation.codes import flores_code, short_code
 from rayrm.translation.texts import Outcome, TextsConfig, load_chrf, split_texts, translate_texts
 
 if TYPE_CHECKING:

@@ -9,8 +9,7 @@ from functools import lru_cache
 from pydantic import Field
 
 from rayrm.config import Config
-from rayrm.languages import script_fraction, unicode_scripts
-from rayrm.translation.codes import short_code
+from rayrm.languages import script_fraction, short_code, unicode_scripts
 
 _DENSE_CHARACTER = 2.5
 """Letters of an alphabet that say as much as one Chinese, Japanese or Korean character."""

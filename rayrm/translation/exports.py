@@ -12,9 +12,9 @@ import pyarrow.compute as pc
 
 from rayrm import files
 from rayrm.errors import ServiceError
+from rayrm.languages import flores_code
 from rayrm.rows import Message
 from rayrm.shards import iter_tables, read_table
-from rayrm.translation.codes import flores_code
 
 SIDES = ("prompt", "chosen", "rejected")
 
