@@ -13,7 +13,7 @@ from pydantic import Field
 from rayrm.config import parse_args, run_job
 from rayrm.matrix import count_languages, draw_languages, summarise_languages
 from rayrm.pairing import PairingConfig, find_limits, pair_candidates
-from rayrm.rewarding import RewardingConfig, choose_scorer, reward_candidates
+from rayrm.rewarding import RewardingConfig, check_rewarding, reward_candidates
 from rayrm.rows import Preference, Scored
 from rayrm.runs import RowsJob, read_rows, transform_rows
 from rayrm.shards import iter_tables, read_schemas
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_args(BuildPreferences, argv)
     for name, schema in read_schemas(config.input):
         Scored.check(schema, f"'{name}'")
-        choose_scorer(schema, config.rewarding, f"'{name}'")
+        check_rewarding(schema, config.rewarding, f"'{name}'")
 
     def stage(scored: Dataset) -> Dataset:
         # A resumed run gets only the rows that are left, and the limits hang on all of them.

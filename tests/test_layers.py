@@ -26,10 +26,12 @@ LAYERS = [
         "counts",
         "retrying",
         "help",
+        "placing",
+        "sentences",
     ],
     ["shards", "rows", "quarantine"],
     ["runs"],
-    ["prompts", "models", "client"],
+    ["prompts", "models", "client", "composing"],
     ["sources", "translation", "sampling", "cleaning", "scoring", "rewarding", "pairing", "instructing"],
     ["training", "evaluation", "serving"],
 ]

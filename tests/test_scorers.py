@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import sys
 from importlib import metadata
 
@@ -31,7 +32,9 @@ from rayrm.scoring import (
     does_compare,
     load_preference_scorer,
     model_type_of,
+    service,
 )
+from rayrm.scoring.base import Span
 from rayrm.scoring.custom import CustomScoring
 from rayrm.scoring.implicit import ImplicitScoring
 from rayrm.scoring.pairwise import PairwiseScoring
@@ -132,6 +135,14 @@ class Lazy:
         return [[] for _ in rows]
 
 
+class Marker(Lazy):
+    def __init__(self, config):
+        self.told = config.options["spans"]
+
+    def spans(self, rows):
+        return self.told
+
+
 class Mute:
     pass
 
@@ -145,6 +156,7 @@ brevity = my_scorers:Brevity
 longer = my_scorers:Longer
 lazy = my_scorers:Lazy
 mute = my_scorers:Mute
+marker = my_scorers:Marker
 function = my_scorers:function
 lost = my_scorers:Lost
 broken = not_there.scorers:Lost
@@ -195,7 +207,7 @@ def test_a_class_that_compares_sees_both_sides(package):
 
 
 def test_an_unknown_name_lists_the_known_ones(package):
-    known = "brevity, broken, function, lazy, longer, lost, mute, on_topic"
+    known = "brevity, broken, function, lazy, longer, lost, marker, mute, on_topic"
     with pytest.raises(ConfigError, match=rf"'shortness', and .* group 'rayrm.scorers' \(they have {known}\)"):
         check_preference_scoring(CustomScoring(scorer="shortness"))
     sys.path.remove(package)
@@ -228,6 +240,47 @@ def test_a_class_that_gives_too_little_is_named(package):
 def candidates(**more):
     row = preferences(1)[0]
     return [{**row, "source": "s", "reference": "r", "anchor": "a", "candidates": ["abc", "d"], **more}]
+
+
+def test_a_class_may_mark_parts_of_texts(package):
+    rows = candidates()
+    config = CustomScoring(scorer="marker", options={"spans": [[[[0, 2, -1.0]], None]]})
+    assert load_preference_scorer(config).spans(rows) == [[[Span(0, 2, -1.0)], None]]
+    for spans, told in [
+        ([[[]]], r"'marker' gave spans of \[1\] texts for rows with \[2\] candidates"),
+        ([[[[0, 4, -1.0]], []]], r"marks Span\(start=0, end=4, score=-1.0\) in a text of 3 characters"),
+        ([[[], [[1, 0, -1.0]]]], "let start and end lie within it"),
+        ([[[[0, 1, math.nan]], []]], "give a finite score"),
+    ]:
+        with pytest.raises(ConfigError, match=told):
+            load_preference_scorer(config.model_copy(update={"options": {"spans": spans}})).spans(rows)
+    with pytest.raises(ConfigError, match=r"'lazy' has no method spans\(rows\), and marks no parts"):
+        load_preference_scorer(CustomScoring(scorer="lazy")).spans(rows)
+
+
+def test_the_errors_of_a_grammar_are_marked_where_they_are():
+    from rayrm.scoring.grammar import GrammarScorer, GrammarScoring, mark_errors
+
+    def marked(candidate, reference):
+        return [(start, end) for start, end, _ in mark_errors(candidate, reference)]
+
+    assert marked("Das ist Haus gut.", "Das ist gut.") == [(8, 12)]
+    assert marked("Die ist GUT.", "Das ist gut.") == [(0, 3)]
+    assert marked("Das gut.", "Das ist sehr gut.") == [(3, 3), (3, 3)]
+    assert marked("ist gut", "Das ist gut.") == [(0, 3), (7, 7)]
+    assert marked("gut ist das", "das gut ist") == [(8, 11)]
+    # A wrong word stands for a missing one, and only what is beyond is missing.
+    assert marked("Das war.", "Das ist gut.") == [(4, 7), (7, 7)]
+    scorer = GrammarScorer(GrammarScoring())
+    words = ["a", "b", "c", "d", "e", "."]
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(words, k=rng.randint(1, 8))) for _ in range(300)]
+    rows = [{"candidates": texts, "reference": "a b c a d ."}, {"candidates": ["", "a"], "reference": None}]
+    (spans, none), (outcomes, _) = scorer.spans(rows), scorer.score(rows)
+    for text, marks, (score, _) in zip(texts, spans, outcomes, strict=True):
+        assert sum(mark.score for mark in marks) == score
+        assert all(0 <= mark.start <= mark.end <= len(text) for mark in marks) and marks == sorted(marks)
+    assert none == [None, None]
 
 
 def test_candidates_are_scored_and_their_columns_checked(package, tmp_path):
@@ -316,9 +369,63 @@ def test_candidates_are_scored_by_the_service(server, served_model, tmp_path):
     assert scores["service"] == [None if r is None else pytest.approx(r, abs=1e-4) for r, _ in expected]
 
 
-def test_tools_are_sent_and_rows_whose_tools_cannot_be_fail_alone(server, monkeypatch):
-    from rayrm.scoring import service
+def test_rewards_of_the_service_may_be_calibrated(server, served_model, tmp_path):
+    rows = [
+        {**candidates(candidates=["ein Hund", "", "Hund"])[0], "src_lang": None, "tgt_lang": None, "lang": lang}
+        for lang in ("de", "fr")
+    ]
+    for unit in ("none", "overall", "language"):
+        config = ServiceScoring(endpoint=server.url, calibration=unit)
+        there = service.ServiceScorer(config).score(rows)
+        here = RewardModelScorer(RewardModelScoring(model=served_model, calibration=unit)).score(rows)
+        for one, other in zip(here, there, strict=True):
+            assert [status for _, status in one] == [status for _, status in other]
+            assert [r for r, _ in other] == [None if r is None else pytest.approx(r, abs=1e-4) for r, _ in one]
+    assert [status for _, status in there[0]] == ["ok", "empty", "ok"]
+    assert there[1] == [(None, "error")] * 3
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    with pytest.raises(ConfigError, match="has rows of fr, and 'small' at '.*' is calibrated for de; calibrate it on"):
+        check_scoring(str(tmp_path / "rows.parquet"), config)
+    pq.write_table(pa.Table.from_pylist(rows[:1]), tmp_path / "rows.parquet")
+    check_scoring(str(tmp_path / "rows.parquet"), config)
 
+
+def test_a_calibration_that_the_service_lacks_is_found_before_the_start(server, monkeypatch):
+    tell(monkeypatch, calibration=None)
+    with pytest.raises(ConfigError, match=r"'overall', and 'small' at '.*' tells of none; run calibrate_reward_model"):
+        check_preference_scoring(ServiceScoring(endpoint=server.url, calibration="overall"))
+    check_preference_scoring(ServiceScoring(endpoint=server.url))
+
+
+def tell(monkeypatch, **facts):
+    """Let the service tell other facts of its models."""
+    models = service.Client.models
+
+    async def changed(self):
+        return [{**model, **facts} for model in await models(self)]
+
+    monkeypatch.setattr(service.Client, "models", changed)
+
+
+def test_rewards_of_two_revisions_are_not_mixed(server, monkeypatch):
+    rows = candidates()
+    scorer = service.ServiceScorer(ServiceScoring(endpoint=server.url))
+    assert scorer.served.revision == "d1"
+    before = scorer.score(rows)
+    with monkeypatch.context() as asleep:
+        tell(asleep, revision=None)
+        assert scorer.score(rows) == before
+    tell(monkeypatch, revision="d2")
+    told = r"'small' at '.*' was revision d1 when this run began and is d2 now, and rewards of two models must not"
+    with pytest.raises(ServiceError, match=told):
+        scorer.score(rows)
+    with pytest.raises(ServiceError, match=told):
+        scorer.compare([(rows[0], rows[0])])
+    # A run that begins now takes the second one.
+    assert service.ServiceScorer(ServiceScoring(endpoint=server.url)).score(rows) == before
+
+
+def test_tools_are_sent_and_rows_whose_tools_cannot_be_fail_alone(server, monkeypatch):
     sent = []
 
     class Spy(service.Client):
@@ -348,8 +455,6 @@ def test_a_service_that_is_not_there_is_found_out_before_the_start(server, monke
 
 
 def test_what_is_no_reward_model_is_refused(monkeypatch):
-    from rayrm.scoring import service
-
     async def models(self):
         return [{"id": "bleurt", "readout": "bleurt"}, {"id": "asleep", "aliases": ["a"], "readout": None}]
 
@@ -357,7 +462,7 @@ def test_what_is_no_reward_model_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match="'bleurt' at 'http://x' is no reward model but of the kind 'bleurt'"):
         check_preference_scoring(ServiceScoring(endpoint="http://x"))
     config = ServiceScoring(endpoint="http://x", model="a")
-    assert service.find_served(config) == ("asleep", False) and model_type_of(config) == "Seq. Classifier"
+    assert service.find_served(config) == ("asleep", False, None, None) and model_type_of(config) == "Seq. Classifier"
 
 
 @pytest.mark.parametrize("kind", ["comparison"], indirect=True)

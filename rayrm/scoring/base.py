@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 REWARD_MODEL, IMPLICIT, REF_FREE, CUSTOM = "Seq. Classifier", "DPO", "DPO Ref. Free", "Custom Classifier"
 """What RewardBench calls models with a head, policies that are read by their own probabilities beside those of their
 reference and alone, and all others."""
 Outcome = tuple[float | None, str]
+
+
+class Span(NamedTuple):
+    """A part of a candidate that a scorer marks."""
+
+    start: int
+    end: int
+    """Characters of the candidate; the same as `start` for what lies between two of them."""
+    score: float
 
 
 class Scorer(Protocol):
@@ -19,6 +28,17 @@ class Scorer(Protocol):
 
     def score(self, rows: list[dict[str, Any]]) -> list[list[Outcome]]:
         """One (score or null, status) for each candidate of each row; rows have the columns `READS`."""
+        ...
+
+
+class SpanScorer(Scorer, Protocol):
+    """What also tells which parts of a candidate its score comes from."""
+
+    def spans(self, rows: list[dict[str, Any]]) -> list[list[list[Span] | None]]:
+        """The marked parts of each candidate of each row, none of them where nothing is to be marked.
+
+        Null for a candidate that has no score.
+        """
         ...
 
 

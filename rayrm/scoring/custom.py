@@ -22,6 +22,13 @@ The class is called with the whole `CustomScoring`, in each actor, and has one m
         def score(self, rows):
             return [[(float(self.longest - len(text)), "ok") for text in row["candidates"]] for row in rows]
 
+A class that also tells where in a text its score comes from has `spans(rows)` beside, which gives for each candidate
+the parts that it marks, as `SpanScorer.spans` says:
+
+        def spans(self, rows):
+            return [[[(self.longest, len(text), -1.0)] if len(text) > self.longest else [] for text in row["candidates"]]
+                    for row in rows]
+
 A class with `compares = True` has `compare(pairs)` in its place, which gives each of two rows with one candidate the
 log of its chance to be the better one, as `PreferenceScorer.compare` says. `model_type` may say what reports call it.
 The package must be installed wherever actors run, for a Ray cluster by its image or its `runtime_env`.
@@ -29,6 +36,7 @@ The package must be installed wherever actors run, for a Ray cluster by its imag
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib import metadata
 from typing import Any, ClassVar, Literal
@@ -37,7 +45,7 @@ from pydantic import Field
 
 from rayrm.config import NOT_IDENTITY, Config, Workers
 from rayrm.errors import ConfigError, SchemaError
-from rayrm.scoring.base import CUSTOM, Outcome
+from rayrm.scoring.base import CUSTOM, Outcome, Span
 from rayrm.shards import read_schemas
 
 GROUP = "rayrm.scorers"
@@ -124,6 +132,37 @@ class CustomScorer:
                 "candidates; let score(rows) give a list for each row, with (score or None, status) for each candidate."
             )
         return found
+
+    def spans(self, rows: list[dict[str, Any]]) -> list[list[list[Span] | None]]:
+        """What the class gives.
+
+        Raises ConfigError when it marks none, and unless there is a list or null for each candidate of each row, with
+        finite scores of parts that lie within their candidate.
+        """
+        if not callable(getattr(self.inner, "spans", None)):
+            raise ConfigError(f"The scorer '{self.name}' has no method spans(rows), and marks no parts of texts.")
+        told = self.inner.spans(rows)
+        wanted = [len(row["candidates"] or []) for row in rows]
+        if [len(parts) for parts in told] != wanted:
+            raise ConfigError(
+                f"The scorer '{self.name}' gave spans of {[len(parts) for parts in told]} texts for rows with {wanted} "
+                "candidates; let spans(rows) give a list for each row, with a list of spans or None for each candidate."
+            )
+        return [
+            [
+                None if parts is None else [self._check(Span(*part), text or "") for part in parts]
+                for parts, text in zip(each, row["candidates"] or [], strict=True)
+            ]
+            for each, row in zip(told, rows, strict=True)
+        ]
+
+    def _check(self, span: Span, text: str) -> Span:
+        if not (0 <= span.start <= span.end <= len(text) and math.isfinite(span.score)):
+            raise ConfigError(
+                f"The scorer '{self.name}' marks {span} in a text of {len(text)} characters; let start and end lie "
+                "within it, and give a finite score."
+            )
+        return span
 
     def compare(self, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[tuple[Outcome, Outcome]]:
         """What the class gives. Raises ConfigError unless there is one for each pair."""

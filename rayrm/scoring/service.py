@@ -12,10 +12,10 @@ from pydantic import Field
 
 from rayrm.client import RETRY_STATUSES, AsyncRewardClient, Comparison, Pair, Query, Reward
 from rayrm.config import NOT_IDENTITY, Config, Workers
-from rayrm.errors import ConfigError
+from rayrm.errors import ConfigError, ServiceError
 from rayrm.rows import Message
 from rayrm.scoring.base import REWARD_MODEL, Outcome
-from rayrm.scoring.reward_model import language_of
+from rayrm.scoring.reward_model import language_of, list_languages
 
 CHECK_S = 15.0
 """Seconds in which a service must tell of its models before a run starts."""
@@ -38,6 +38,9 @@ class ServiceScoring(Config):
     """Address of the service, without a path: http://localhost:8000."""
     model: str | None = None
     """Name or alias of the model there; null for the first one."""
+    calibration: Literal["none", "overall", "language"] = "none"
+    """Unit of the rewards: the model's own, or standard deviations from the mean that calibrate_reward_model found,
+    over all rows or over those of the row's language. With overall the service is not told of languages."""
     timeout_s: float = Field(120.0, gt=0, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
     """Seconds for which a request is tried again while the service has no time or is away."""
     batch_size: int = Field(32, ge=1, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
@@ -54,6 +57,10 @@ class Served(NamedTuple):
     id: str
     compares: bool
     """Whether it compares two completions and rewards none; false where the model does not run now and tells nothing."""
+    revision: str | None = None
+    """What stands for its weights; null where the model does not run now."""
+    calibrated: tuple[str, ...] | None = None
+    """Languages that it is calibrated for beside all together; null where it has no calibration, or does not run."""
 
 
 class Item(NamedTuple):
@@ -67,14 +74,14 @@ class Item(NamedTuple):
 class Client(AsyncRewardClient):
     """The client, with the tools of rows."""
 
-    async def reward_items(self, items: Sequence[Item]) -> list[list[Reward]]:
+    async def reward_items(self, items: Sequence[Item], outputs: Sequence[str] = ()) -> list[list[Reward]]:
         """As `rewards`."""
 
         async def ask(batch: Sequence[Item]) -> list[list[Reward]]:
             body = [
                 {"prompt": q.prompt, "completions": q.completions, "lang": q.lang, "tools": tools} for q, tools in batch
             ]
-            found = await self._post("/v1/rewards", {"items": body})
+            found = await self._post("/v1/rewards", {"items": body, "outputs": list(outputs)})
             return [
                 [Reward(*(each[name] for name in Reward._fields)) for each in item["completions"]]
                 for item in found["items"]
@@ -102,15 +109,15 @@ def recall_served(config: ServiceScoring) -> Served:
     return _SERVED[config] if config in _SERVED else find_served(config)
 
 
-def find_served(config: ServiceScoring) -> Served:
-    """The model that the service is to be asked for.
+def find_served(config: ServiceScoring, timeout_s: float = CHECK_S) -> Served:
+    """The model that the service is to be asked for, as it says within `timeout_s`, or the config's where that is less.
 
     Raises ServiceError when the service cannot be reached or refuses the key, and ConfigError when it has no such model
     or one that gives no rewards.
     """
 
     async def ask() -> list[dict[str, Any]]:
-        async with connect(config, min(config.timeout_s, CHECK_S)) as client:
+        async with connect(config, min(config.timeout_s, timeout_s)) as client:
             return await client.models()
 
     known = asyncio.run(ask())
@@ -124,13 +131,37 @@ def find_served(config: ServiceScoring) -> Served:
             f"'{found['id']}' at '{config.endpoint}' is no reward model but of the kind '{found['readout']}'; name a "
             "reward model."
         )
-    _SERVED[config] = Served(found["id"], found.get("readout") == "comparison")
+    calibration = found.get("calibration")
+    _SERVED[config] = Served(
+        found["id"],
+        found.get("readout") == "comparison",
+        found.get("revision"),
+        None if calibration is None else tuple(calibration["languages"]),
+    )
     return _SERVED[config]
 
 
 def check_service(config: ServiceScoring, paths: Sequence[str] = ()) -> None:
-    """Find out, before any actor starts, whether the service answers and has the model. Raises as `find_served`."""
-    find_served(config)
+    """Find out, before any actor starts, whether the service answers and has the model, with its calibration.
+
+    `paths` hold the rows that are to be rewarded. Raises as `find_served`, and ConfigError for a calibration that the
+    model has not, or not for a language of those rows.
+    """
+    served = find_served(config)
+    if config.calibration == "none":
+        return
+    if served.calibrated is None:
+        raise ConfigError(
+            f"calibration is '{config.calibration}', and '{served.id}' at '{config.endpoint}' tells of none; run "
+            "calibrate_reward_model on this model and start the service again, or set calibration=none."
+        )
+    for path in paths if config.calibration == "language" else ():
+        if unknown := sorted(list_languages(path) - set(served.calibrated)):
+            raise ConfigError(
+                f"calibration is 'language', '{path}' has rows of {', '.join(unknown)}, and '{served.id}' at "
+                f"'{config.endpoint}' is calibrated for {', '.join(served.calibrated) or 'no language'}; calibrate it "
+                "on rows of these languages too, or set calibration=overall."
+            )
 
 
 class ServiceScorer:
@@ -143,26 +174,32 @@ class ServiceScorer:
 
     def __init__(self, config: ServiceScoring) -> None:
         self.config = config
-        self.compares = find_served(config).compares
+        self.served = find_served(config)
+        self.compares = self.served.compares
 
     def score(self, rows: list[dict[str, Any]]) -> list[list[Outcome]]:
         """One (reward, status) for each of a row's `candidates`, as the service tells them.
 
-        Of a row whose tools are no JSON list of objects it is `error`. Raises ServiceError when the service refuses a
-        request, or has not answered within `timeout_s`.
+        Of a row whose tools are no JSON list of objects it is `error`, and so it is where a calibration is wanted and
+        the row's language has none. Raises ServiceError when the service refuses a request, has not answered within
+        `timeout_s`, or runs another revision of the model than when this scorer was made.
         """
-        items = [_item(row) for row in rows]
+        items = [_item(row) if self._has_unit(row) else None for row in rows]
+        is_raw = self.config.calibration == "none"
+        if self.config.calibration == "overall":
+            items = [item and item._replace(query=item.query._replace(lang=None)) for item in items]
         asked = [item for item in items if item is not None]
 
         async def ask() -> list[list[Reward]]:
             async with connect(self.config) as client:
-                return await client.reward_items(asked)
+                return await client.reward_items(asked, () if is_raw else ("calibrated",))
 
         found = iter(asyncio.run(ask()) if asked else [])
+        self._check_revision()
         return [
             [(None, "error") for _ in row["candidates"] or []]
             if item is None
-            else [(each.reward, each.status) for each in next(found)]
+            else [(each.reward, each.status) if is_raw else _calibrated(each) for each in next(found)]
             for row, item in zip(rows, items, strict=True)
         ]
 
@@ -182,9 +219,29 @@ class ServiceScorer:
                 return await client.compare(asked)
 
         found: list[tuple[Outcome, Outcome]] = [((None, "error"), (None, "error"))] * len(pairs)
-        for index, told in zip(places, asyncio.run(ask()) if asked else [], strict=True):
+        answers = asyncio.run(ask()) if asked else []
+        self._check_revision()
+        for index, told in zip(places, answers, strict=True):
             found[index] = _sides(told.probability, told.status)
         return found
+
+    def _has_unit(self, row: dict[str, Any]) -> bool:
+        return self.config.calibration != "language" or language_of(row) in (self.served.calibrated or ())
+
+    def _check_revision(self) -> None:
+        """Once what was asked is answered: answers do not say which revision of the model they come from."""
+        first, now = self.served.revision, find_served(self.config, self.config.timeout_s).revision
+        if first is not None and now is not None and now != first:
+            raise ServiceError(
+                f"'{self.served.id}' at '{self.config.endpoint}' was revision {first} when this run began and is {now} "
+                "now, and rewards of two models must not be mixed; serve the first one again, or begin a new run."
+            )
+
+
+def _calibrated(reward: Reward) -> Outcome:
+    # A model that was not there when the run was checked may have no calibration.
+    is_lacking = reward.reward is not None and reward.calibrated is None
+    return reward.calibrated, "error" if is_lacking else reward.status
 
 
 def _sides(probability: float | None, status: str) -> tuple[Outcome, Outcome]:
