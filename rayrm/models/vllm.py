@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from rayrm.config import NOT_IDENTITY, Config
 from rayrm.errors import CheckpointError, ConfigError
 
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
 CPU_BLOCK = 32
 """Tokens of a KV-cache block on a CPU, the fewest that its attention kernel takes: only whole blocks are shared."""
 GIB = 1 << 30
+DRAWN_FROM = "processed_logprobs"
+"""vLLM's mode of log-probabilities that are those of the distribution a token was drawn from."""
 
 
 class EngineConfig(Config):
@@ -79,6 +85,17 @@ class Completion(NamedTuple):
     """Whether it ended by itself, at an end token or a stop text; false when it was cut."""
 
 
+class Drawn(NamedTuple):
+    """A sampled completion as token ids."""
+
+    ids: list[int]
+    """Its tokens; the last one is an end token where it ended by itself."""
+    logprobs: list[float]
+    """Natural log-probability of each token under the distribution it was drawn from; at temperature 0 the model's."""
+    is_finished: bool
+    """Whether it ended by itself; false when it was cut."""
+
+
 class PromptTokens(NamedTuple):
     """Prompt tokens since the engine started, counted once for each completion."""
 
@@ -91,10 +108,11 @@ class PromptTokens(NamedTuple):
 class Engine:
     """A model in vLLM, on the GPUs that this process sees or on `num_threads` cores.
 
-    `model` is a local folder or a hub id. Raises CheckpointError when vLLM cannot load it.
+    `model` is a local folder or a hub id. An engine that is to `draw` is made with `with_logprobs`. Raises
+    CheckpointError when vLLM cannot load the model.
     """
 
-    def __init__(self, model: str, config: EngineConfig, num_threads: int = 1) -> None:
+    def __init__(self, model: str, config: EngineConfig, num_threads: int = 1, with_logprobs: bool = False) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -111,6 +129,8 @@ class Engine:
         elif config.tensor_parallel_size > 1:
             # Ray gives the actor its GPUs; the ranks are its children, without a placement group of their own.
             settings["distributed_executor_backend"] = "mp"
+        if with_logprobs:
+            settings["logprobs_mode"] = DRAWN_FROM
         try:
             self.llm = LLM(model=model, **settings)
         except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
@@ -134,20 +154,55 @@ class Engine:
         outputs = self.llm.generate(inputs, params, use_tqdm=False)
         return [[Completion(item.text, item.finish_reason == "stop") for item in output.outputs] for output in outputs]
 
-    def _params(self, config: DecodingConfig, seed: int) -> Any:
-        from vllm import SamplingParams
+    def draw(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: DecodingConfig) -> list[list[Drawn]]:
+        """`num_candidates` completions for each prompt as token ids with their log-probabilities.
 
+        As `generate`, but `stop` texts do not end a completion. Raises ConfigError for a prompt without room.
+        """
+        if self.llm.model_config.logprobs_mode != DRAWN_FROM:
+            raise ConfigError("This engine knows no log-probabilities of its draws; make it with with_logprobs=True.")
+        if not prompts:
+            return []
+        check_room(prompts, self.max_model_len)
+        params = [_sampling_params(config, seed, logprobs=0, flat_logprobs=True, detokenize=False) for seed in seeds]
+        inputs: list[Any] = [{"prompt_token_ids": list(ids)} for ids in prompts]
+        outputs: list[Any] = self.llm.generate(inputs, params, use_tqdm=False)
+        return [
+            [
+                Drawn(list(item.token_ids), item.logprobs.logprobs, item.finish_reason == "stop")
+                for item in output.outputs
+            ]
+            for output in outputs
+        ]
+
+    def load_weights(self, state: Mapping[str, np.ndarray | torch.Tensor]) -> None:
+        """Take all weights of the model from `state`, by the names of its Hugging Face files; tied ones may be absent.
+
+        What is cached of earlier prompts is forgotten. Raises CheckpointError where `state` has foreign names, other
+        shapes or not all of the weights; the engine is of no use then.
+        """
+        import torch
+
+        from rayrm.models.vllm_weights import take_weights
+
+        tensors = {name: torch.as_tensor(value) for name, value in state.items()}
+        try:
+            missing = self.llm.collective_rpc(take_weights, args=(tensors,))[0]
+        except (ValueError, KeyError, AssertionError, RuntimeError) as error:
+            reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
+            raise CheckpointError(f"vLLM cannot take the new weights: {reason}.") from error
+        if missing:
+            raise CheckpointError(f"The new weights are not whole: nothing fills vLLM's {', '.join(missing[:3])}.")
+        if not self.llm.reset_prefix_cache():
+            raise CheckpointError("vLLM still holds keys and values of the old weights; load between two draws.")
+
+    def _params(self, config: DecodingConfig, seed: int) -> Any:
         # Special tokens are no part of a completion's text, so vLLM must look for their ids.
-        return SamplingParams(
-            n=config.num_candidates,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k or 0,
-            min_tokens=config.min_tokens,
-            max_tokens=config.max_tokens,
+        return _sampling_params(
+            config,
+            seed,
             stop=[text for text in config.stop if text not in self._special],
             stop_token_ids=[self._special[text] for text in config.stop if text in self._special],
-            seed=seed,
         )
 
     def prompt_tokens(self) -> PromptTokens:
@@ -155,6 +210,31 @@ class Engine:
         metrics: list[Any] = self.llm.get_metrics()
         found = {m.labels["source"]: int(m.value) for m in metrics if m.name == "vllm:prompt_tokens_by_source"}
         return PromptTokens(found["local_compute"], found["local_cache_hit"])
+
+
+def _sampling_params(config: DecodingConfig, seed: int, **more: Any) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        n=config.num_candidates,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k or 0,
+        min_tokens=config.min_tokens,
+        max_tokens=config.max_tokens,
+        seed=seed,
+        **more,
+    )
+
+
+def check_room(prompts: Sequence[Sequence[int]], max_model_len: int) -> None:
+    """Raise ConfigError for a prompt that is empty or leaves no room for one token more."""
+    for place, ids in enumerate(prompts):
+        if not 0 < len(ids) < max_model_len:
+            raise ConfigError(
+                f"Prompt {place} of {len(prompts)} has {len(ids)} tokens, and a prompt with its completion may have "
+                f"{max_model_len}; leave it out."
+            )
 
 
 def _shared_settings(config: EngineConfig) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Policy optimisation by sampled completions and their rewards: PPO, RLOO and GRPO."""
