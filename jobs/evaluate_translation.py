@@ -1,0 +1,144 @@
+"""Let policies translate test sets and measure them; writes run.json, report.html and matrices by language pair.
+
+BLEU and chrF by sacreBLEU, BLEURT, COMET in an environment of its own, with intervals, and the paired differences of
+every two policies. Translations stay in `<output>/<policy>/candidates`, scores beside them; a run that was killed goes
+on from there, and translates and scores nothing twice.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import pyarrow as pa
+from pydantic import Field, model_validator
+
+from rayrm import files
+from rayrm.config import parse_args, run_job
+from rayrm.counts import describe_counts
+from rayrm.errors import RayRMError
+from rayrm.evaluation.facts import list_facts
+from rayrm.evaluation.preferences import BootstrapConfig
+from rayrm.evaluation.report import format_table, write_report
+from rayrm.evaluation.translation.comet import check_comet, score_comet
+from rayrm.evaluation.translation.matrices import write_matrices
+from rayrm.evaluation.translation.measuring import MetricsConfig, SetResult, measure_set
+from rayrm.evaluation.translation.metrics import check_sacrebleu
+from rayrm.evaluation.translation.policies import (
+    PROMPTS,
+    Answers,
+    Policy,
+    check_policy,
+    read_answers,
+    score_rows,
+    translate_rows,
+)
+from rayrm.evaluation.translation.report import build_report, differences_table, drift_table, means_table
+from rayrm.evaluation.translation.sets import TranslatedRows, write_rows
+from rayrm.runs import abandon_run, finish_run, start_run
+from rayrm.shards import read_table
+
+REPORT = "report.html"
+
+
+class EvaluateTranslation(TranslatedRows):
+    """Policies, what they translate, and what is measured of it."""
+
+    policies: list[Policy] = Field(min_length=1)
+    """The policies, each with a `name` of its own; a difference is a later one minus an earlier one."""
+    metrics: MetricsConfig = MetricsConfig()
+    """What is measured."""
+    bootstrap: BootstrapConfig = BootstrapConfig()
+    """How intervals are drawn."""
+
+    @model_validator(mode="after")
+    def _check_policies(self) -> EvaluateTranslation:
+        names = Counter(policy.name for policy in self.policies)
+        if twice := [name for name, num in names.items() if num > 1]:
+            raise ValueError(f"several policies are called '{twice[0]}'; give each a name of its own")
+        return self
+
+    @property
+    def rows(self) -> TranslatedRows:
+        """The rows of all sets, in the output."""
+        fields = {name: getattr(self, name) for name in TranslatedRows.model_fields}
+        return TranslatedRows(**{**fields, "output": files.join(self.output, PROMPTS)})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the job. Raises SchemaError for rows that cannot be measured, and what a policy or a scorer raises."""
+    config = parse_args(EvaluateTranslation, argv)
+    # What was finished needs neither the models nor their environments again.
+    if not files.exists(files.join(config.output, files.RUN_MARK)):
+        check(config)
+    if start_run(config):
+        counts = claim_rows(config)
+        results = measure(config, {policy.name: answer(config, policy) for policy in config.policies})
+        write_matrices(config.output, results, config.metrics.names)
+        facts = {f"rows of {name}": describe_counts(own) for name, own in counts.items()} | list_facts(config)
+        page = build_report(results, config.metrics.names, facts, config.bootstrap)
+        write_report(files.join(config.output, REPORT), page)
+        finish_run(config, {"rows": counts, "results": {name: found._asdict() for name, found in results.items()}})
+    print_tables(config)
+
+
+def check(config: EvaluateTranslation) -> None:
+    """Find out before anything is translated what would fail later."""
+    if config.metrics.corpus:
+        check_sacrebleu()
+    for policy in config.policies:
+        check_policy(policy, config.metrics.bleurt)
+    if config.metrics.comet is not None:
+        check_comet(config.metrics.comet)
+
+
+def claim_rows(config: EvaluateTranslation) -> dict[str, dict[str, object]]:
+    """Write the rows of all sets; gives up the output again when they cannot be had."""
+    try:
+        return write_rows(config.rows)
+    except RayRMError:
+        abandon_run(config)
+        raise
+
+
+def answer(config: EvaluateTranslation, policy: Policy) -> dict[str, str]:
+    """Translate all rows and score them; where the translations are, and the scores by scorer."""
+    candidates = translate_rows(policy, config.rows.output, config.output, config.shard_rows)
+    found = {"": candidates}
+    if config.metrics.bleurt is not None:
+        output = files.join(config.output, policy.name, "scored")
+        found["bleurt"] = score_rows(config.metrics.bleurt, candidates, output, config.shard_rows)
+    if config.metrics.comet is not None:
+        found["comet"] = score_comet(config.metrics.comet, candidates, files.join(config.output, policy.name, "comet"))
+    return found
+
+
+def measure(config: EvaluateTranslation, folders: dict[str, dict[str, str]]) -> dict[str, SetResult]:
+    """What is measured of each set, of the answers of all policies."""
+    table = read_table(config.rows.output)
+    results = {}
+    for part in config.sets:
+        rows = table.filter(pa.array([name == part.name for name in table["set"].to_pylist()], pa.bool_()))
+        answers: dict[str, Answers] = {}
+        for policy in config.policies:
+            scored = {name: folder for name, folder in folders[policy.name].items() if name}
+            answers[policy.name] = read_answers(rows, policy.num_candidates, folders[policy.name][""], scored)
+        results[part.name] = measure_set(part.name, rows, answers, config.metrics.names, config.bootstrap)
+    return results
+
+
+def print_tables(config: EvaluateTranslation) -> None:
+    """Print what the finished run in the output found."""
+    done = files.read_json(files.join(config.output, files.RUN_MARK))
+    for name, found in done["results"].items():
+        result = SetResult(**{**found, "pairs": [tuple(pair) for pair in found["pairs"]]})
+        print(f"\n{name}: {describe_counts(done['rows'][name])}")
+        tables = [means_table(result, config.metrics.names, config.bootstrap)]
+        if result.differences:
+            tables.append(differences_table(result, config.metrics.names, config.bootstrap))
+        print(*(f"\n{format_table(table)}" for table in (*tables, drift_table(result))), sep="\n")
+    print(f"\nThe page with matrices and figures: {files.join(config.output, REPORT)}", flush=True)
+
+
+if __name__ == "__main__":
+    run_job(main)

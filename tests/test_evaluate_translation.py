@@ -1,0 +1,369 @@
+"""The translation job: sets, two policies, resume, one run with a real vLLM and BLEURT, bad input."""
+
+import csv
+import json
+import os
+import sys
+import types
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from sacrebleu.metrics import BLEU, CHRF
+
+from jobs import evaluate_translation, prepare_prompts
+from jobs.evaluate_translation import EvaluateTranslation
+from rayrm import cluster, files
+from rayrm.config import build_config
+from rayrm.errors import CheckpointError, ConfigError, OutputExistsError, SchemaError
+from rayrm.evaluation.translation import comet, policies
+from rayrm.evaluation.translation.comet import CometConfig, check_comet, score_comet, score_file
+from rayrm.evaluation.translation.sets import TranslatedRows, write_rows
+from rayrm.models.creation import CreationConfig, create_model
+from rayrm.prompts import direct_prompt
+from rayrm.rows import TEXTS, set_column
+from rayrm.shards import list_files, read_table
+from rayrm.sources.flores import find_languages, make_directions, read_flores
+from rayrm.splits import is_held_out
+
+TEXTS_BY_LANGUAGE = {
+    "eng_Latn": ["a dog runs over the grass", "two children play at the river", "a red house", "the old man sleeps"],
+    "deu_Latn": ["ein Hund läuft über das Gras", "zwei Kinder spielen am Fluss", "ein rotes Haus", "der Alte schläft"],
+    "fra_Latn": ["un chien court sur l'herbe", "deux enfants jouent au bord", "une maison rouge", "le vieux dort"],
+}
+DIRECTIONS = {("en", "de"), ("en", "fr"), ("de", "en"), ("de", "fr"), ("fr", "en"), ("fr", "de")}
+
+
+def make_flores(folder, split="devtest", texts=TEXTS_BY_LANGUAGE):
+    (folder / split).mkdir(parents=True, exist_ok=True)
+    for code, lines in texts.items():
+        (folder / split / f"{code}.{split}").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(folder)
+
+
+def make_parallel(path):
+    english, german, french = TEXTS_BY_LANGUAGE.values()
+    sides = [(e, g, "en", "de") for e, g in zip(english, german, strict=True)]
+    sides += [(f, e, "fr", "en") for e, f in zip(english[:3], french, strict=False)]
+    rows = [dict(zip(("src_text", "trg_text", "src_lang", "trg_lang"), row, strict=True)) for row in sides]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return str(path)
+
+
+def rows_of(output, **fields):
+    config = build_config(TranslatedRows, {"output": str(output), **fields}, "the test")
+    counts = write_rows(config)
+    return read_table(config.output).to_pylist(), counts
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("policy") / "model")
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_layers": 2, "num_heads": 2}
+    texts = [line for lines in TEXTS_BY_LANGUAGE.values() for line in lines]
+    create_model(texts, CreationConfig.model_validate({**sizes, "max_length": 256}), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def bleurt(tmp_path_factory):
+    import torch
+
+    from rayrm.models.bleurt import bleurt_classes, save_bleurt
+
+    config_class, model_class, _ = bleurt_classes()
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", "haus", "hund"]
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    path = str(tmp_path_factory.mktemp("bleurt"))
+    config = config_class(vocab_size=len(vocab), max_position_embeddings=48, initializer_range=0.4, **sizes)
+    save_bleurt(model_class(config).eval(), vocab, path)
+    return path
+
+
+class Translator:
+    """A stage in place of vLLM that gives references back, more or less spoiled by the policy's seed."""
+
+    def __init__(self, seed):
+        self.seed = seed
+
+    def __call__(self, table):
+        references = table["reference"].to_pylist()
+        texts = [[text if i % 4 >= self.seed else "Haus Haus"] for i, text in enumerate(references)]
+        table = set_column(table, "candidates", pa.array(texts, TEXTS))
+        table = set_column(table, "num_unfinished", pa.array([0] * table.num_rows, pa.int64()))
+        dropped = ["short" in text for text in references]
+        reasons = [["overlength"] if gone else [] for gone in dropped]
+        table = set_column(table, "_kept", pa.array([not gone for gone in dropped], pa.bool_()))
+        return set_column(table, "_dropped", pa.array(reasons, TEXTS))
+
+
+@pytest.fixture
+def translated(monkeypatch):
+    """Policies without vLLM; gives the names of those that were asked for rows, and of those that are to fail."""
+    asked, failing = [], set()
+
+    def sample(prompts, config):
+        asked.append(config.name)
+        if config.name in failing:
+            raise CheckpointError("this policy does not load")
+        return prompts.map_batches(Translator(config.seed), batch_format="pyarrow", batch_size=None)
+
+    monkeypatch.setattr(policies, "sample_candidates", sample)
+    return asked, failing
+
+
+def test_a_flores_folder_gives_every_direction(tmp_path):
+    root = make_flores(tmp_path)
+    assert find_languages(root, "devtest") == ["en", "de", "fr"]
+    rows = make_directions(read_flores(root, "devtest", ["en", "de", "fr"])).to_pylist()
+    assert len(rows) == 4 * 6 and {(row["src_lang"], row["tgt_lang"]) for row in rows} == DIRECTIONS
+    assert len({row["id"] for row in rows}) == 24 and len({row["group"] for row in rows}) == 4
+    (row,) = [row for row in rows if row["id"] == "devtest-2/de-fr"]
+    assert (row["source"], row["reference"], row["lang"]) == ("ein rotes Haus", "une maison rouge", "fr")
+    assert row["prompt"][0]["content"] == direct_prompt("ein rotes Haus", "de", "fr")
+    # A caption is in the group of its English text, in whichever languages it is read: those of training rows.
+    assert row["group"] == files.digest("a red house")
+    assert [sentence.group for sentence in read_flores(root, "devtest", ["fr", "de"])][2] == row["group"]
+
+
+def test_a_broken_flores_folder_is_named(tmp_path):
+    root = make_flores(tmp_path)
+    with pytest.raises(ConfigError, match="0 files 'dev/<code>.dev'"):
+        find_languages(root, "dev")
+    with pytest.raises(ConfigError, match=r"no file '.*/ita_Latn.devtest'"):
+        read_flores(root, "devtest", ["en", "it"])
+    make_flores(tmp_path, texts={"ita_Latn": ["una casa"], "nld_Latn": ["een", "", "drie", "vier"]})
+    with pytest.raises(SchemaError, match="has 1 lines and another file of the split 4"):
+        read_flores(root, "devtest", ["en", "it"])
+    with pytest.raises(SchemaError, match=r"Line 2 of '.*nld_Latn.devtest' is empty"):
+        read_flores(root, "devtest", ["en", "nl"])
+
+
+def test_a_parallel_file_goes_by_its_rows_or_through_english(tmp_path):
+    part = {"type": "parallel", "input": make_parallel(tmp_path / "rows.parquet")}
+    rows, _ = rows_of(tmp_path / "as_is", sets=[part])
+    assert [(row["src_lang"], row["tgt_lang"]) for row in rows] == [("en", "de")] * 4 + [("fr", "en")] * 3
+    rows, counts = rows_of(tmp_path / "all", sets=[{**part, "directions": "all"}])
+    # Three captions are in three languages, and one in two.
+    assert len(rows) == counts["parallel"]["written"] == 3 * 6 + 2
+    assert {(row["src_lang"], row["tgt_lang"]) for row in rows} == DIRECTIONS
+    found = {(row["source"], row["reference"]) for row in rows if row["src_lang"] == "de" and row["tgt_lang"] == "fr"}
+    german, french = TEXTS_BY_LANGUAGE["deu_Latn"], TEXTS_BY_LANGUAGE["fra_Latn"]
+    assert found == set(zip(german[:3], french[:3], strict=True))
+
+
+def test_held_out_groups_and_a_limit_choose_the_same_captions_in_every_pair(tmp_path):
+    texts = {code: [f"{lines[i % 4]} {i}" for i in range(40)] for code, lines in TEXTS_BY_LANGUAGE.items()}
+    flores = {"type": "flores", "input": make_flores(tmp_path / "flores", texts=texts)}
+    how = {"split": "held_out", "held_out_fraction": 0.4, "held_out_seed": 5}
+    rows, counts = rows_of(tmp_path / "held", sets=[flores], **how)
+    groups = {files.digest(text) for text in texts["eng_Latn"]}
+    held = {group for group in groups if is_held_out(group, 0.4, 5)}
+    assert {row["group"] for row in rows} == held and len(rows) == 6 * len(held)
+    assert counts["flores"]["dropped"] == {"trained_on": 6 * (40 - len(held))}
+    rows, counts = rows_of(tmp_path / "few", sets=[flores], max_rows_per_lang_pair=7)
+    assert counts["flores"]["dropped"] == {"over_limit": 6 * 33}
+    by_pair = {}
+    for row in rows:
+        by_pair.setdefault((row["src_lang"], row["tgt_lang"]), set()).add(row["group"])
+    assert set(by_pair) == DIRECTIONS and {len(found) for found in by_pair.values()} == {7}
+    assert len(set().union(*by_pair.values())) == 7
+
+
+def words(tmp_path, model, *more):
+    root = make_flores(tmp_path / "flores")
+    inputs = ["sets.0.type=flores", f"sets.0.input={root}", f"output={tmp_path / 'out'}", "shard_rows=10"]
+    return [*inputs, f"policies.0.model={model}", "policies.0.name=first", "bootstrap.num_resamples=50", *more]
+
+
+def second(model, *more):
+    return [f"policies.1.model={model}", "policies.1.name=second", *more]
+
+
+@pytest.mark.ray
+def test_two_policies_are_compared_and_nothing_is_done_twice(policy, translated, ray_cluster, tmp_path, capsys):
+    asked, failing = translated
+    given = [*words(tmp_path, policy, "policies.0.seed=2"), *second(policy)]
+    # One caption is too long for every policy, so that nothing into English comes of it.
+    texts = {**TEXTS_BY_LANGUAGE, "eng_Latn": [*TEXTS_BY_LANGUAGE["eng_Latn"][:3], "too short to answer"]}
+    make_flores(tmp_path / "flores", texts=texts)
+    failing.add("second")
+    with pytest.raises(CheckpointError, match="does not load"):
+        evaluate_translation.main(given)
+    shards = {path: os.stat(path).st_mtime_ns for path in list_files(str(tmp_path / "out/first"))}
+    assert len(shards) == 3 and asked == ["first", "second"] and not (tmp_path / "out/run.json").exists()
+    asked.clear()
+    failing.clear()
+    evaluate_translation.main(given)
+    assert asked == ["second"] and {path: os.stat(path).st_mtime_ns for path in shards} == shards
+    found = files.read_json(str(tmp_path / "out/run.json"))["results"]["flores"]
+    first, other = found["metrics"]["first"], found["metrics"]["second"]
+    assert other["bleu/en-de"] == pytest.approx(100) and first["bleu/en-de"] < 60
+    assert found["differences"][0]["chrf_interval/en-x"][0] > 0
+    assert first["dropped"] == first["empty"] == pytest.approx(2 / 24) and first["dropped/en-de"] == 0
+    assert other["bleu/de-en"] < 100
+    shown = capsys.readouterr().out
+    assert "second − first" in shown and "en → x" in shown and "dropped" in shown
+    page = (tmp_path / "out/report.html").read_text()
+    assert "chrF: second − first" in page and "tok:13a" in page
+    with (tmp_path / "out/matrices/flores/first/bleu.csv").open(encoding="utf-8-sig") as handle:
+        rows = list(csv.reader(handle))
+    assert rows[0] == ["source", "en", "de", "fr"] and [row[0] for row in rows[1:]] == ["en", "de", "fr"]
+    assert rows[1][1] == "" and float(rows[1][2]) == pytest.approx(first["bleu/en-de"], abs=1e-3)
+    asked.clear()
+    evaluate_translation.main(given)
+    assert asked == [] and capsys.readouterr().out == shown
+    with pytest.raises(OutputExistsError, match="max_tokens"):
+        evaluate_translation.main([*given, "policies.1.max_tokens=5"])
+
+
+@pytest.mark.vllm
+@pytest.mark.ray
+def test_samples_of_a_real_policy_are_measured_one_by_one(policy, bleurt, ray_cluster, tmp_path, monkeypatch):
+    sampled = ["num_candidates=2", "temperature=1", "max_tokens=12", "workers.num_cpus=1"]
+    more = [f"policies.0.{word}" for word in sampled] + [f"metrics.bleurt.model={bleurt}"]
+    given = words(tmp_path, policy, *more)
+    evaluate_translation.main(given)
+    found = files.read_json(str(tmp_path / "out/run.json"))["results"]["flores"]["metrics"]["first"]
+    rows = read_table(str(tmp_path / "out/first/scored")).to_pylist()
+    assert len(rows) == 24 and all(len(row["candidates"]) == 2 for row in rows)
+    german = [row for row in rows if row["tgt_lang"] == "de" and row["src_lang"] == "en"]
+    references = [[row["reference"] for row in german]]
+    for name, metric in (("bleu", BLEU(effective_order=True)), ("chrf", CHRF())):
+        texts = [[" ".join(row["candidates"][sample].split()) for row in german] for sample in (0, 1)]
+        scores = [metric.corpus_score(own, references).score for own in texts]
+        assert found[f"{name}/en-de"] == pytest.approx(np.mean(scores))
+    scores = [np.mean([s for s in row["scores"]["bleurt"] if s is not None]) for row in german]
+    assert found["bleurt/en-de"] == pytest.approx(np.mean(scores))
+    assert found["unfinished"] == sum(row["num_unfinished"] for row in rows) / 48 > 0
+    # What is complete needs neither engine nor model again.
+    monkeypatch.setattr(evaluate_translation, "check_policy", None)
+    monkeypatch.setattr(evaluate_translation, "translate_rows", None)
+    evaluate_translation.main(given)
+
+
+def make_candidates(folder, num=3):
+    rows = []
+    for index in range(num):
+        row = {"set": "s", "id": f"r{index}", "lang": "de", "source": f"text\n{index}", "reference": "ein Text"}
+        rows.append({**row, "candidates": ["ein  Text", " "]})
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, row in enumerate(rows):
+        pq.write_table(pa.Table.from_pylist([row]), folder / f"shard-{index}.parquet")
+    return str(folder)
+
+
+def test_comet_scores_texts_and_leaves_empty_ones_out(tmp_path, monkeypatch):
+    loaded, seen = [], []
+
+    def predict(texts, batch_size, gpus, progress_bar, num_workers):
+        seen.extend(texts)
+        return types.SimpleNamespace(scores=[len(text["src"]) / 10 for text in texts])
+
+    def load(path):
+        loaded.append(path)
+        return types.SimpleNamespace(predict=predict)
+
+    fake = types.SimpleNamespace(download_model=lambda name: f"{name}.ckpt", load_from_checkpoint=load)
+    monkeypatch.setitem(sys.modules, "comet", fake)
+    monkeypatch.setattr(comet, "_run", lambda config, function, *arguments: function(*arguments))
+    candidates, output = make_candidates(tmp_path / "candidates"), str(tmp_path / "comet")
+    check_comet(CometConfig())
+    config = CometConfig(model="owner/comet")
+    score_comet(config, candidates, output)
+    assert loaded == ["owner/comet.ckpt"] and len(seen) == 3
+    assert seen[0] == {"src": "text 0", "mt": "ein Text", "ref": "ein Text"}
+    rows = read_table(output).to_pylist()
+    assert [row["scores"] for row in rows] == [{"comet": [0.6, None]}] * 3
+    # Only a shard without scores is scored again.
+    (tmp_path / "comet/shard-1.parquet").unlink()
+    (tmp_path / "comet/run.json").unlink()
+    score_comet(config, candidates, output)
+    assert len(seen) == 4 and read_table(output).num_rows == 3
+    score_comet(config, candidates, output)
+    assert len(seen) == 4
+
+
+def test_a_file_without_a_text_has_no_comet_scores(tmp_path):
+    source = make_candidates(tmp_path / "candidates", 1) + "/shard-0.parquet"
+    table = pq.read_table(source)
+    pq.write_table(set_column(table, "candidates", pa.array([[""]], TEXTS)), source)
+    score_file(source, str(tmp_path / "out.parquet"), lambda texts: [1.0] * len(texts))
+    assert read_table(str(tmp_path / "out.parquet"))["scores"].to_pylist() == [{"comet": [None]}]
+
+
+def test_what_pip_says_is_told_in_one_sentence(monkeypatch):
+    import ray
+    from ray.exceptions import RuntimeEnvSetupError
+
+    def fail(**options):
+        trace = (
+            "Traceback:\n  raise Error(\nLast 50 lines of stdout:\n  ERROR: No matching distribution found for x==9\n"
+        )
+        raise RuntimeEnvSetupError(f"Failed to set up runtime environment.\n{trace}  Hint: none.")
+
+    monkeypatch.setattr(cluster, "require", lambda *arguments: None)
+    monkeypatch.setattr(ray, "remote", lambda function: types.SimpleNamespace(options=fail))
+    with pytest.raises(ConfigError, match=r"\(pip: x==9\) cannot be made: ERROR: No .* for x==9; give packages that"):
+        check_comet(CometConfig(pip=["x==9"]))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_an_environment_that_cannot_be_made_is_told_in_one_sentence(ray_cluster, tmp_path):
+    missing = tmp_path / "no_such_package"
+    with pytest.raises(
+        ConfigError, match=r"COMET's environment \(pip: .*no_such_package\) cannot be made: .*comet\.pip"
+    ):
+        check_comet(CometConfig(pip=[str(missing)]))
+
+
+def test_bad_configs_are_told(policy, tmp_path):
+    root = make_flores(tmp_path / "flores")
+    good = {
+        "output": str(tmp_path / "out"),
+        "sets": [{"type": "flores", "input": root}],
+        "policies": [{"model": policy}],
+    }
+
+    def fault(**changes):
+        with pytest.raises(ConfigError) as told:
+            build_config(EvaluateTranslation, {**good, **changes}, "the test")
+        return str(told.value)
+
+    build_config(EvaluateTranslation, good, "the test")
+    assert "several policies are called 'policy'" in fault(policies=good["policies"] * 2)
+    assert "the folder prompts of the output" in fault(policies=[{"model": policy, "name": "prompts"}])
+    assert "several sets are called 'flores'" in fault(sets=good["sets"] * 2)
+    unknown = fault(sets=[{**good["sets"][0], "languages": ["en", "xx"]}])
+    assert "there is no language xx; the codes are en, de" in unknown
+    assert "the language en is named twice" in fault(sets=[{**good["sets"][0], "languages": ["en", "en"]}])
+    assert "set both or neither" in fault(split="held_out")
+    assert "nothing to measure" in fault(metrics={"corpus": []})
+    assert "temperature 0 gives 4 equal" in fault(policies=[{"model": policy, "num_candidates": 4}])
+
+
+def test_rows_that_cannot_be_measured_are_named_and_leave_nothing_behind(policy, tmp_path):
+    source = make_parallel(tmp_path / "rows.parquet")
+    anchored = str(tmp_path / "anchored")
+    prepare_prompts.main([f"input={source}", f"output={anchored}", "prompts.type=anchored"])
+    given = [f"output={tmp_path / 'out'}", f"policies.0.model={policy}", "sets.0.type=prompts"]
+    with pytest.raises(SchemaError, match="rows of .* have no reference, the first one is"):
+        evaluate_translation.main([*given, f"sets.0.input={anchored}"])
+    assert not (tmp_path / "out/started.json").exists()
+    direct = str(tmp_path / "direct")
+    prepare_prompts.main([f"input={source}", f"output={direct}"])
+    rows, _ = rows_of(tmp_path / "again", sets=[{"type": "prompts", "input": direct}])
+    assert len(rows) == 7 and {row["set"] for row in rows} == {"prompts"}
+    twice = tmp_path / "twice.jsonl"
+    lines = [json.dumps({key: value for key, value in rows[0].items() if key != "set"})] * 2
+    twice.write_text("\n".join(lines))
+    with pytest.raises(SchemaError, match="stands twice in de"):
+        evaluate_translation.main([*given, f"sets.0.input={twice}"])
+    with pytest.raises(SchemaError, match="No row of .* is left to translate: 7 trained_on"):
+        how = {"split": "held_out", "held_out_fraction": 1e-9}
+        rows_of(tmp_path / "none", sets=[{"type": "prompts", "input": direct}], **how)
+    with pytest.raises(CheckpointError, match="There is no model at"):
+        evaluate_translation.main([*given, f"sets.0.input={direct}", "policies.0.model=/nowhere"])
