@@ -11,6 +11,7 @@ import importlib.util
 import re
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import yaml
@@ -20,6 +21,7 @@ from rayrm import files
 from rayrm.config import Config, build_config, find_told, parse_args, run_job
 from rayrm.errors import ConfigError
 from rayrm.evaluation.report import Table, format_table
+from rayrm.serving.running import running
 from rayrm.training.launch import MARK
 
 
@@ -41,6 +43,8 @@ class RunRecipe(Config):
     """Folder that `${run}` stands for."""
     jobs: list[Step] = Field(min_length=1)
     """The steps."""
+    serve: str | None = None
+    """A Serve config file whose applications are up while the steps run; null for none."""
     only: list[str] | None = None
     """Names of the steps that run, in the recipe's order; null for all."""
     set: dict[str, dict[str, Any]] = Field({})
@@ -61,6 +65,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Validate every step, then run them. A failing step ends the recipe with an error that names it."""
     recipe = parse_args(RunRecipe, argv)
     steps = load_steps(recipe)
+    with running(recipe.serve, f"{recipe.run}/serve.log") if recipe.serve is not None else nullcontext():
+        run_steps(steps)
+
+
+def run_steps(steps: Sequence[LoadedStep]) -> None:
+    """Run steps one after the other, and print what became of each."""
     done: list[list[str]] = []
     try:
         for number, step in enumerate(steps, start=1):
