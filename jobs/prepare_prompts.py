@@ -22,7 +22,7 @@ from rayrm.errors import SchemaError
 from rayrm.matrix import count_languages, draw_languages, summarise_languages
 from rayrm.rows import Prompt, with_hidden
 from rayrm.runs import INPUT, commit_shard, finish_run, shard_path, start_run
-from rayrm.sources.parallel import ParallelConfig, Selection, find_targets, make_prompts, select_texts
+from rayrm.sources.parallel import ParallelConfig, Selection, find_references, find_targets, make_prompts, select_texts
 from rayrm.sources.tables import open_tables, rebatch
 
 log = logging.getLogger("rayrm")
@@ -49,13 +49,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     read = open_tables(config.input, config.split)
     where = f"'{config.input}'"
     targets = find_targets(read(), config.prompts, where) if config.prompts.type == "anchored" else ()
-    selection = Selection(config.prompts, targets)
+    references = find_references(read(), config.prompts, where) if config.prompts.references else None
+    selection = Selection(config.prompts, targets, references)
     num_rows = sum(len(selection.pairs(text)) for _, texts in select_texts(read, selection, where) for text in texts)
     counts = {"read": selection.read, "written": num_rows, "dropped": dict(sorted(selection.dropped.items()))}
     if not num_rows:
         raise SchemaError(f"{where} gives no prompt: {describe_counts({**counts, 'status': {}})}.")
     if start_run(config):
-        languages = write_prompts(config, read, Selection(config.prompts, targets), num_rows)
+        languages = write_prompts(config, read, Selection(config.prompts, targets, references), num_rows)
         finish_run(config, {"counts": {**counts, "status": {}}, "languages": languages})
     done = files.read_json(files.join(config.output, files.RUN_MARK))
     log.info("%s: %s", config.output, describe_counts(done["counts"]))

@@ -14,7 +14,7 @@ from rayrm.errors import ConfigError, OutputExistsError, SchemaError
 from rayrm.matrix import count_languages, draw_languages, summarise_languages
 from rayrm.rows import Prompt
 from rayrm.shards import list_shards, read_table
-from rayrm.sources.parallel import ParallelConfig, Selection, find_targets, make_prompts, select_texts
+from rayrm.sources.parallel import ParallelConfig, Selection, find_references, find_targets, make_prompts, select_texts
 from rayrm.sources.tables import rebatch
 
 ROWS = [
@@ -37,7 +37,7 @@ def prepare(table, **options):
     """(rows, selection) without a job."""
     config = build_config(ParallelConfig, options, "the test")
     targets = find_targets([table], config, "x") if config.type == "anchored" else ()
-    selection = Selection(config, targets)
+    selection = Selection(config, targets, find_references([table], config, "x") if config.references else None)
     tables = [make_prompts(t, texts, selection) for t, texts in select_texts(lambda: [table], selection, "x")]
     return pa.concat_tables(tables).to_pylist(), selection
 
@@ -122,6 +122,19 @@ def test_anchored_rows_go_between_all_other_languages():
     assert len({(row["id"], row["lang"]) for row in rows}) == 8
 
 
+def test_anchored_rows_may_have_the_text_of_the_same_english_as_reference():
+    table = parallel([*ROWS[:2], ROWS[3], ("Hund.", "Dog.", "de", "en")])
+    rows, _ = prepare(table, type="anchored", references=True, prompt="direct")
+    # "Dog." has no French side, and "Hello." has one from English and a German one.
+    assert [(r["source"], r["anchor"], r["reference"], r["src_lang"], r["tgt_lang"]) for r in rows] == [
+        ("Hallo.", "Hello.", "Bonjour.", "de", "fr"),
+        ("Bonjour.", "Hello.", "Hallo.", "fr", "de"),
+    ]
+    assert "Hello." not in rows[0]["prompt"][0]["content"]
+    shown, _ = prepare(table, type="anchored", references=True)
+    assert [row["id"] for row in shown] == [row["id"] for row in rows] and "Hello." in shown[0]["prompt"][0]["content"]
+
+
 def test_anchored_keeps_rows_into_english_before_rows_from_english():
     rows, _ = prepare(
         parallel([("From.", "a", "en", "de"), ("a", "Into.", "de", "en"), ("b", "B.", "fr", "en")]), type="anchored"
@@ -168,6 +181,8 @@ def test_diverse_instructions_hang_on_the_id():
     assert len({row["prompt"][0]["content"].replace(row["source"], "") for row in rows}) > 10
     with pytest.raises(ConfigError, match="one wording only"):
         build_config(ParallelConfig, {"type": "anchored", "instructions": "diverse"}, "the test")
+    with pytest.raises(ConfigError, match="set type: anchored"):
+        build_config(ParallelConfig, {"references": True}, "the test")
 
 
 def test_rebatch_keeps_rows_and_order():

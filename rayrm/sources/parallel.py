@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
@@ -41,7 +41,12 @@ class ParallelConfig(Config):
 
     type: Literal["direct", "anchored"] = "direct"
     """direct: each row is a prompt with a reference. anchored: each text that has an English side is a prompt into
-    every other language, with the English side as its anchor and without a reference."""
+    every other language, with the English side as its anchor and, unless `references` says so, without a reference."""
+    references: bool = False
+    """With type anchored, take what the input has in the target language for the same English side as the reference,
+    and only targets that have one. Holds all texts beside English in memory."""
+    prompt: Literal["anchored", "direct"] = "anchored"
+    """With type anchored, what a prompt shows: the source and its anchor, or the source alone."""
     columns: ParallelColumns = ParallelColumns()
     """What the columns of the input are called."""
     languages: tuple[str, ...] | None = None
@@ -55,7 +60,9 @@ class ParallelConfig(Config):
 
     @model_validator(mode="after")
     def _check_instructions(self) -> ParallelConfig:
-        if self.type == "anchored" and self.instructions == "diverse":
+        if self.type == "direct" and (self.references or self.prompt == "direct"):
+            raise ValueError("references and prompt say something of anchored rows; set type: anchored")
+        if self.type == "anchored" and self.prompt == "anchored" and self.instructions == "diverse":
             raise ValueError("anchored prompts have one wording only; set instructions: fixed")
         return self
 
@@ -80,9 +87,13 @@ class Selection:
     Remembers a digest of every source that it took, about 100 bytes a row.
     """
 
-    def __init__(self, config: ParallelConfig, targets: tuple[str, ...]) -> None:
+    def __init__(
+        self, config: ParallelConfig, targets: tuple[str, ...], references: Mapping[tuple[str, str], str] | None = None
+    ) -> None:
         self.config = config
         self.targets = targets
+        self.references = references
+        """What `find_references` found; None to take every target, without a reference."""
         self.read = 0
         """Rows seen."""
         self.dropped: Counter[str] = Counter()
@@ -123,7 +134,14 @@ class Selection:
         """The language pairs that a text is translated in."""
         if self.config.type == "direct":
             return [(text.lang, text.other_lang)]
-        return [(text.lang, target) for target in self.targets if target != text.lang]
+        targets = [target for target in self.targets if target != text.lang]
+        return [(text.lang, target) for target in targets if self.references is None or self.reference(text, target)]
+
+    def reference(self, text: Text, target: str) -> str | None:
+        """The translation of a text into `target`, as far as it is known."""
+        if self.config.type == "direct":
+            return text.other
+        return None if self.references is None else self.references.get((text.other, target))
 
     def _judge(self, text: Text) -> str | None:
         is_direct = self.config.type == "direct"
@@ -201,6 +219,24 @@ def find_targets(tables: Iterable[pa.Table], config: ParallelConfig, where: str)
     return tuple(sorted(lang for lang in found if lang and lang != ENGLISH))
 
 
+def find_references(tables: Iterable[pa.Table], config: ParallelConfig, where: str) -> dict[tuple[str, str], str]:
+    """(English text, language) → the first text of `tables` that has that English side; for prompts between languages.
+
+    Raises SchemaError when `where` lacks a column.
+    """
+    found: dict[tuple[str, str], str] = {}
+    for table in tables:
+        check_columns(table.schema, config.columns, where)
+        names = config.columns
+        columns = [table[n].to_pylist() for n in (names.src_text, names.trg_text, names.src_lang, names.trg_lang)]
+        for src_text, trg_text, src_lang, trg_lang in zip(*columns, strict=True):
+            if src_lang == ENGLISH:
+                src_text, trg_text, trg_lang, src_lang = trg_text, src_text, src_lang, trg_lang
+            if trg_lang == ENGLISH and src_lang and trg_text and (src_text or "").strip():
+                found.setdefault((trg_text, src_lang), src_text)
+    return found
+
+
 def select_texts(
     read: Callable[[], Iterable[pa.Table]], selection: Selection, where: str
 ) -> Iterator[tuple[pa.Table, list[Text]]]:
@@ -220,7 +256,7 @@ def make_prompts(table: pa.Table, texts: list[Text], selection: Selection) -> pa
     rows, indices = [], []
     for text in texts:
         for _, tgt_lang in selection.pairs(text):
-            rows.append(_make_row(text, tgt_lang, config))
+            rows.append(_make_row(text, tgt_lang, config, selection.reference(text, tgt_lang)))
             indices.append(text.row)
     subset = table["subset"].cast(pa.string()).take(indices) if "subset" in table.column_names else None
     prompts = pa.Table.from_pylist(rows, pa.schema([(n, t) for n, t in Prompt.columns.items() if n != "subset"]))
@@ -232,7 +268,7 @@ def make_prompts(table: pa.Table, texts: list[Text], selection: Selection) -> pa
     return prompts
 
 
-def _make_row(text: Text, tgt_lang: str, config: ParallelConfig) -> dict[str, Any]:
+def _make_row(text: Text, tgt_lang: str, config: ParallelConfig, reference: str | None) -> dict[str, Any]:
     is_direct = config.type == "direct"
     src_lang = text.lang
     english = [side for side, lang in ((text.other, text.other_lang), (text.source, text.lang)) if lang == ENGLISH]
@@ -240,7 +276,7 @@ def _make_row(text: Text, tgt_lang: str, config: ParallelConfig) -> dict[str, An
         row_id = files.digest([src_lang, tgt_lang, text.source, text.other])
     else:
         row_id = text.row_id if is_direct else f"{text.row_id}/{tgt_lang}"
-    if not is_direct:
+    if not is_direct and config.prompt == "anchored":
         prompt = anchored_prompt(text.source, text.other, src_lang, tgt_lang)
     elif config.instructions == "diverse":
         prompt = diverse_prompt(text.source, src_lang, tgt_lang, row_id, config.seed)
@@ -252,7 +288,7 @@ def _make_row(text: Text, tgt_lang: str, config: ParallelConfig) -> dict[str, An
         "group": files.digest(english[0] if english else min(text.source, text.other)),
         "prompt": [{"role": "user", "content": prompt}],
         "source": text.source,
-        "reference": text.other if is_direct else None,
+        "reference": reference,
         "anchor": None if is_direct else text.other,
         "src_lang": src_lang,
         "tgt_lang": tgt_lang,
