@@ -1,4 +1,6 @@
-"""Train a policy: `training.type=sft` fine-tunes a language model on the references of Prompt rows.
+"""Train a policy: `training.type=sft` fine-tunes a language model on the references of Prompt rows, `dpo` makes the
+chosen sides of Preference rows likelier than the rejected ones, and `ppo`, `rloo` and `grpo` draw completions of Prompt
+rows, have them scored and make the better ones likelier.
 
 Writes `<output>/model`, plain Hugging Face files with the chat template and, last, `rayrm.json`. A run that was
 killed and is started again goes on from its last state.
@@ -12,17 +14,19 @@ from collections.abc import Sequence
 from rayrm import files
 from rayrm.config import parse_args, run_job
 from rayrm.errors import RayRMError
+from rayrm.evaluation.policy_report import write_policy_report
 from rayrm.runs import abandon_run, finish_run, start_run
 from rayrm.training.checkpoints import push_to_hub
 from rayrm.training.curves import CURVE
 from rayrm.training.launch import MARK, MODEL
 from rayrm.training.policy import PolicyJob, check_policy, train_policy
+from rayrm.training.ppo.settings import PolicyGradient
 
 log = logging.getLogger("rayrm")
 
 
 class TrainPolicy(PolicyJob):
-    """A policy from Prompt rows with a reference."""
+    """A policy from Prompt rows with a reference (sft), or from Preference rows (dpo)."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 abandon_run(config)
             raise
         finish_run(config, facts, mark=MARK)
+        if isinstance(config.training, PolicyGradient):
+            log.info("the page of the run: %s", write_policy_report(config.output))
     if config.hub_id is not None:
         push_to_hub(files.join(config.output, MODEL), config.hub_id)
 

@@ -48,6 +48,24 @@ def require(num_workers: int, num_cpus: float, num_gpus: float, what: str) -> No
     )
 
 
+def require_total(total: float, kind: str, what: str) -> None:
+    """Raise ResourceError when the cluster, as it may grow, never has `total` of a resource, `CPU` or `GPU`.
+
+    What must run at the same time would wait for ever otherwise.
+    """
+    connect()
+    import ray
+
+    live = sum(node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"])
+    grown = sum(node.get(kind, 0) * count for node, count in _autoscaler_nodes())
+    most = max(live, grown)
+    if total > most:
+        raise ResourceError(
+            f"{what} ask for {total:g} {kind}s at the same time, and the cluster has {most:g} at the most; ask for less "
+            "(num_cpus may be a part of one), or add nodes."
+        )
+
+
 def _fits(resources: dict[str, Any], num_cpus: float, num_gpus: float) -> int:
     wanted = {"CPU": num_cpus, "GPU": num_gpus}
     return min((int(resources.get(kind, 0) // num) for kind, num in wanted.items() if num), default=1 << 30)

@@ -20,7 +20,7 @@ from rayrm.errors import CheckpointError, ConfigError, SchemaError
 from rayrm.models.creation import CreationConfig, create_model
 from rayrm.training.launch import Parallelism
 from rayrm.training.order import LengthGrouped
-from rayrm.training.policy import PolicyJob, check_policy
+from rayrm.training.policy import LOOPS, PolicyJob, check_policy
 from rayrm.training.policy import train_policy as train_with_ray
 
 SIZES = CreationConfig(vocab_size=320, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=2, max_length=128)
@@ -115,8 +115,6 @@ def run(alone, tmp_path, monkeypatch):
     from accelerate.state import AcceleratorState
     from ray import train
 
-    from rayrm.training.sft import train_loop
-
     def report(metrics, checkpoint, checkpoint_dir_name):
         shutil.copytree(checkpoint.path, tmp_path / checkpoint_dir_name, dirs_exist_ok=True)
 
@@ -124,7 +122,7 @@ def run(alone, tmp_path, monkeypatch):
         AcceleratorState._reset_state(reset_partial_state=True)
         monkeypatch.setattr(train, "report", report)
         monkeypatch.setattr(train, "get_checkpoint", lambda: state and State(state))
-        return train_loop({"job": job, "template": check_policy(job), "show_progress": False})
+        return LOOPS[job.training.type]({"job": job, "template": check_policy(job), "show_progress": False})
 
     return run
 

@@ -11,6 +11,8 @@ from rayrm import files
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
+SAMPLES = "samples"
+"""Folder of a run with rewards: a file for each step, with all of its samples and what became of them."""
 
 
 def write_curves(history: Sequence[dict[str, Any]], output: str) -> None:

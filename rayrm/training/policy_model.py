@@ -15,13 +15,13 @@ from rayrm.models.rendering import Renderer
 from rayrm.training.checkpoints import export_model, gather_state
 
 if TYPE_CHECKING:
-    from rayrm.training.policy import SupervisedFinetuning
+    from rayrm.training.policy import PolicyTraining
 
 
-def load_tokenizer(training: SupervisedFinetuning, template: str | None) -> Any:
+def load_tokenizer(training: PolicyTraining, template: str | None) -> Any:
     """The model's tokenizer with the tokens and the chat template that it is saved with."""
     tokenizer = AutoTokenizer.from_pretrained(local_model(training.model))
-    new = [token for token in training.added_special_tokens if token not in tokenizer.get_vocab()]
+    new = [token for token in training.new_tokens if token not in tokenizer.get_vocab()]
     if new:
         tokenizer.add_special_tokens({"extra_special_tokens": new}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
@@ -30,7 +30,7 @@ def load_tokenizer(training: SupervisedFinetuning, template: str | None) -> Any:
     return tokenizer
 
 
-def load_policy(training: SupervisedFinetuning, tokenizer: Any, bf16: bool, load_in_8bit: bool = False) -> Any:
+def load_policy(training: PolicyTraining, tokenizer: Any, bf16: bool, load_in_8bit: bool = False) -> Any:
     """The model to train, with room for the tokenizer's tokens and with LoRA updates where they are asked for."""
     set_seed(training.seed)
     quantized: dict[str, Any] = {}
@@ -48,11 +48,11 @@ def load_policy(training: SupervisedFinetuning, tokenizer: Any, bf16: bool, load
     if training.lora is None:
         return model
     # A token that nothing was trained on needs embeddings of its own.
-    own = _embeddings(model) if training.added_special_tokens else None
+    own = _embeddings(model) if training.new_tokens else None
     return training.lora.add_to(model, task_type="CAUSAL_LM", modules_to_save=own, ensure_weight_tying=True)
 
 
-def export_policy(training: SupervisedFinetuning, trainer: Any, renderer: Renderer, output: str) -> None:
+def export_policy(training: PolicyTraining, trainer: Any, renderer: Renderer, output: str) -> None:
     """Gather, save and verify the trained policy as `<output>/model`; LoRA updates are merged. All ranks call it."""
     trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     model, tokenizer = trainer.model, renderer.tokenizer

@@ -1,0 +1,118 @@
+"""What a run with rewards starts from and ends with: the engine around its policy, its prompts, its saved model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, set_seed
+
+from rayrm.models.folders import load_tokenizer, local_model
+from rayrm.models.rendering import Renderer
+from rayrm.rows import Prompt
+from rayrm.scoring import READS
+from rayrm.shards import iter_tables
+from rayrm.splits import is_held_out
+from rayrm.training.checkpoints import export_model
+from rayrm.training.launch import deepspeed_config, start_deepspeed
+from rayrm.training.policy_model import end_ids
+from rayrm.training.ppo.collecting import PromptRow
+from rayrm.training.ppo.network import ActorCritic
+from rayrm.training.ppo.settings import PPO, RewardedJob, RewardedTraining
+from rayrm.training.ppo.weights import sampler_state
+
+
+def make_engine(job: RewardedJob, template: str | None, micro_batch_size: int) -> tuple[Any, Renderer]:
+    """DeepSpeed's engine around an `ActorCritic` of `job.training.model`, and the policy's renderer."""
+    import deepspeed
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    training, parallelism = job.training, job.parallelism
+    bf16 = parallelism.uses_bf16(job.workers.num_gpus)
+    settings = deepspeed_config(parallelism, micro_batch_size, 1, bf16, training.max_grad_norm)
+    # The last forward pass of an update is the one before `step()`, so updates may have different numbers of them.
+    settings["managed_gradient_accumulation"] = False
+    if parallelism.zero_stage == 3:
+        # A parameter that stays whole would not follow when other weights stand in for it.
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    start_deepspeed(use_gpu=job.workers.num_gpus > 0)
+    tokenizer = load_tokenizer(training.model)
+    tokenizer.chat_template = template
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    # While this object lives, transformers loads weights in ZeRO-3's parts.
+    partitioned = HfDeepSpeedConfig(settings) if parallelism.zero_stage == 3 else None
+    set_seed(training.seed)
+    policy = load_network(training, torch.bfloat16 if bf16 else torch.float32)
+    if partitioned is not None:
+        unset_hf_deepspeed_config()
+    if training.lora is not None:
+        kind = "SEQ_2_SEQ_LM" if policy.config.is_encoder_decoder else "CAUSAL_LM"
+        policy = training.lora.add_to(policy, task_type=kind)
+    if parallelism.gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.enable_input_require_grads()
+    for module in policy.modules():
+        # Every look at a completion must see the same policy.
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    network = ActorCritic(policy, training.sampling.temperature, isinstance(training, PPO))
+    engine, *_ = deepspeed.initialize(model=network, optimizer=training.optimizer(network), config=settings)
+    return engine, Renderer(tokenizer, template)
+
+
+def load_network(training: RewardedTraining, dtype: torch.dtype) -> Any:
+    """The language model of `training.model`, decoder-only or encoder-decoder."""
+    path = local_model(training.model)
+    kind = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(path).is_encoder_decoder else AutoModelForCausalLM
+    return kind.from_pretrained(path, dtype=dtype, attn_implementation=training.attn_implementation)
+
+
+def read_prompts(job: RewardedJob, renderer: Renderer) -> tuple[list[PromptRow], list[PromptRow], dict[str, Any]]:
+    """The rows to train on, those held out (at most `eval_rows`), and how many there are and were dropped by reason.
+
+    A prompt without a token is dropped as `empty_prompt`, one that leaves no room for `max_tokens` within `max_length`
+    as `overlength`.
+    """
+    training = job.training
+    is_encoder = AutoConfig.from_pretrained(local_model(training.model)).is_encoder_decoder
+    room = training.max_length - training.sampling.max_tokens
+    found: dict[bool, list[PromptRow]] = {False: [], True: []}
+    dropped: dict[str, int] = {}
+    for table in iter_tables(job.input, None):
+        for values in Prompt.conform(table).to_pylist():
+            prompt = values["prompt"]
+            if is_encoder:
+                ids = list(renderer.tokenizer(renderer.prompt_text(prompt))["input_ids"])
+            else:
+                ids = renderer.prompt_ids(prompt)
+            has_text = any((turn["content"] or "").strip() for turn in prompt)
+            fault = "empty_prompt" if not (ids and has_text) else "overlength" if len(ids) > room else None
+            if fault is not None:
+                dropped[fault] = dropped.get(fault, 0) + 1
+                continue
+            kept = {name: value for name, value in values.items() if name in (*READS, "id", "tools")}
+            is_out = is_held_out(values["group"], training.held_out_fraction, training.seed)
+            found[is_out].append(PromptRow(kept, ids))
+    counts = {"train": len(found[False]), "held_out": len(found[True]), "dropped": dropped}
+    return found[False], found[True][: training.eval_rows], counts
+
+
+def export_learned(policy: Any, training: RewardedTraining, renderer: Renderer, output: str) -> None:
+    """Gather, save and verify the policy as `<output>/model`, LoRA's updates merged. All ranks call it."""
+    state = sampler_state(policy)
+    if dist.get_rank() != 0:
+        return
+    dtype = next(iter(state.values())).dtype
+    model = load_network(training, dtype)
+    model.load_state_dict(state, strict=True)
+    model.generation_config.eos_token_id = end_ids(renderer)
+    model.generation_config.pad_token_id = renderer.tokenizer.pad_token_id
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        renderer.tokenizer.save_pretrained(folder)
+
+    export_model(output, write, type(model))

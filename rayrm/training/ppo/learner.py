@@ -1,0 +1,174 @@
+"""The learner's share of a step on one worker: what its network says of completions, and the updates from them.
+
+All workers hold the same arrays of a step; each computes its share of the rows and the sums are exchanged, so nothing
+hangs on the number of workers or the size of a forward pass but the last digits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rayrm.errors import CheckpointError
+from rayrm.training.batches import micro_batches
+from rayrm.training.ppo.experience import Experience, Sample, pad
+from rayrm.training.ppo.losses import clipped_policy_loss, clipped_value_loss, estimate_kl, token_weights
+from rayrm.training.ppo.network import ActorCritic, Judged, Reference, Snapshot, make_batch
+from rayrm.training.ppo.settings import PPO, RewardedTraining
+
+
+class Learner:
+    """A DeepSpeed engine around an `ActorCritic`, and what it needs to know of a step."""
+
+    def __init__(self, engine: Any, training: RewardedTraining, micro_batch_size: int, pad_id: int) -> None:
+        self.engine = engine
+        self.training = training
+        self.micro_batch_size = micro_batch_size
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.network: ActorCritic = engine.module
+        config = self.network.policy.config
+        self.pad_id = pad_id
+        self.start_id: int | None = config.decoder_start_token_id if config.is_encoder_decoder else None
+        self.reference = Reference(self.network.policy) if training.kl.coefficient else None
+        self.behaviour = Snapshot(self.network.policy) if training.overlap else None
+        """The weights that the samplers have, where they are not those of now."""
+
+    def forward(self, samples: Sequence[Sample]) -> Judged:
+        """One pass over some samples; `Judged` has their tokens one after the other."""
+        batch = make_batch([s.prompt_ids for s in samples], [s.ids for s in samples], self.pad_id, self.start_id)
+        device = self.engine.device
+        inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+        logprobs, entropy, *values = self.engine(inputs, batch.places.to(device), batch.targets.to(device))
+        return Judged(logprobs, entropy, values[0] if values else None)
+
+    def passes(self, samples: Sequence[Sample], rows: Sequence[int]) -> list[tuple[list[int], bool]]:
+        """The rows of each forward pass of this worker, and whether they only keep the other workers company."""
+        lengths = [len(sample.prompt_ids) + len(sample.ids) for sample in samples]
+        shares = micro_batches(rows, lengths, self.micro_batch_size, self.rank, self.world)
+        return [(share, False) if share else ([rows[0]], True) for share in shares]
+
+    @torch.no_grad()
+    def judge(self, samples: Sequence[Sample], weights: AbstractContextManager[Any] | None = None) -> Tensor:
+        """Log-probabilities, entropies and values of all samples: fp32 [3, samples, tokens]; values 0 without a critic.
+
+        With `weights`, by those that it puts into the model meanwhile.
+        """
+        self.engine.eval()
+        width = max(len(sample.ids) for sample in samples)
+        found = torch.zeros(3, len(samples), width, device=self.engine.device)
+        self.engine.empty_partition_cache()
+        with weights or nullcontext():
+            for rows, is_padding in self.passes(samples, range(len(samples))):
+                judged = self.forward([samples[row] for row in rows])
+                if is_padding:
+                    continue
+                lengths = [len(samples[row].ids) for row in rows]
+                for kind, values in enumerate(judged):
+                    for row, part in zip(rows, values.split(lengths) if values is not None else (), strict=False):
+                        found[kind, row, : len(part)] = part
+            self.engine.empty_partition_cache()
+        dist.all_reduce(found)
+        return found
+
+    def prepare(self, samples: Sequence[Sample]) -> Experience:
+        """What the learner knows of a step's samples before it learns from them."""
+        samples = list(samples)
+        now = self.judge(samples)
+        drawn = self.judge(samples, self.behaviour.active()) if self.behaviour else now
+        ref = self.judge(samples, self.reference.active())[0] if self.reference else drawn[0]
+        device = self.engine.device
+        mask = pad([[1.0] * len(sample.ids) for sample in samples]).to(device)
+        rewards = pad([sample.token_rewards for sample in samples]).to(device)
+        return Experience(samples, mask, rewards, drawn[0], ref, now[2], drawn[1])
+
+    def learn(
+        self, experience: Experience, advantages: Tensor, returns: Tensor | None, step: int, coefficient: float
+    ) -> dict[str, float]:
+        """All updates of a step, and what was measured on the way: means over their tokens.
+
+        Raises CheckpointError when a loss is not finite.
+        """
+        sums: dict[str, float] = {}
+        num_done = 0
+        for epoch in range(self.training.num_updates):
+            order = np.random.default_rng([self.training.seed, step, epoch]).permutation(len(experience.samples))
+            for part in np.array_split(order, min(self.training.num_mini_batches, len(order))):
+                found = self._update(experience, part.tolist(), (advantages, returns), step, coefficient)
+                num_done += 1
+                sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
+                limit = self.training.max_update_kl
+                if limit is not None and found["update_kl"] > limit:
+                    return {name: value / num_done for name, value in sums.items()} | {"num_updates": num_done}
+        return {name: value / num_done for name, value in sums.items()} | {"num_updates": num_done}
+
+    def _update(
+        self,
+        experience: Experience,
+        rows: list[int],
+        targets: tuple[Tensor, Tensor | None],
+        step: int,
+        coefficient: float,
+    ) -> dict[str, float]:
+        """One change of the weights, by the samples `rows`."""
+        self.engine.train()
+        weights = torch.zeros_like(experience.mask)
+        weights[rows] = token_weights(experience.mask[rows], self.training.reduction)
+        num_tokens = float(experience.mask[rows].sum())
+        sums: dict[str, float] = {}
+        for share, is_padding in self.passes(experience.samples, rows):
+            judged = self.forward([experience.samples[row] for row in share])
+            inside = experience.mask[share].bool()
+            # DeepSpeed averages gradients over workers, and adds them up over forward passes.
+            counts = weights[share][inside] * (0.0 if is_padding else self.world)
+            loss, measured = self._losses(judged, experience, share, targets, step, coefficient)
+            self.engine.backward((loss * counts).sum(), scale_wrt_gas=False)
+            measured["loss"] = loss * counts * num_tokens / self.world
+            for name, values in measured.items():
+                sums[name] = sums.get(name, 0.0) + (0.0 if is_padding else float(values.detach().double().sum()))
+        self.engine.step()
+        totals = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.engine.device)
+        dist.all_reduce(totals)
+        means = dict(zip(sums, (totals / num_tokens).tolist(), strict=True))
+        if not math.isfinite(means["loss"]):
+            raise CheckpointError(f"The loss is {means['loss']} at step {step + 1}; try a lower lr or more warmup.")
+        return means
+
+    def _losses(
+        self,
+        judged: Judged,
+        experience: Experience,
+        rows: list[int],
+        targets: tuple[Tensor, Tensor | None],
+        step: int,
+        coefficient: float,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each token of some samples, and what is measured of each: [tokens]."""
+        training = self.training
+        inside = experience.mask[rows].bool()
+        old, ref = experience.old[rows][inside], experience.ref[rows][inside]
+        policy_loss, clipped = clipped_policy_loss(judged.logprobs, old, targets[0][rows][inside], training.clip_range)
+        measured = {
+            "policy_loss": policy_loss,
+            "clip_fraction": clipped,
+            "update_kl": estimate_kl(old, judged.logprobs, "k3"),
+        }
+        loss = policy_loss - training.entropy_coefficient * judged.entropy
+        if coefficient and training.kl.part_of == "loss":
+            loss = loss + coefficient * estimate_kl(judged.logprobs, ref, training.kl.estimator)
+        if isinstance(training, PPO):
+            assert judged.values is not None and targets[1] is not None
+            value_loss, value_clipped = clipped_value_loss(
+                judged.values, experience.values[rows][inside], targets[1][rows][inside], training.value_clip_range
+            )
+            measured |= {"value_loss": value_loss, "value_clip_fraction": value_clipped}
+            if step < training.value_warmup_steps:
+                loss = loss * 0.0
+            loss = loss + training.value_coefficient * value_loss
+        return loss, measured

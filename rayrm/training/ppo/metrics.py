@@ -1,0 +1,69 @@
+"""What is told of a step's samples: by language and length, and how much they repeat."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from rayrm.training.ppo.experience import Experience, Sample
+
+
+def describe_samples(samples: Sequence[Sample]) -> dict[str, float]:
+    """Rewards by language and length, lengths, shares of what was left out, and distinct n-grams.
+
+    `reward` and its like are means over the samples that are learned from, all others over all samples.
+    """
+    kept = [sample for sample in samples if sample.fault is None]
+    faults = Counter(sample.fault for sample in samples if sample.fault is not None)
+    found: dict[str, float] = {"num_samples": len(kept), "left_out_fraction": 1 - len(kept) / len(samples)}
+    found |= {f"left_out/{fault}": num / len(samples) for fault, num in sorted(faults.items())}
+    found["unfinished_fraction"] = _mean([not sample.is_finished for sample in samples])
+    lengths = [len(sample.ids) for sample in samples]
+    found |= {"completion_length": _mean(lengths), "completion_length/max": max(lengths)}
+    for n in (1, 2):
+        found[f"distinct_{n}"] = distinct_n([sample.text for sample in samples], n)
+    if not kept:
+        return found
+    rewards = np.array([sample.reward for sample in kept], dtype=float)
+    found |= {"reward": float(rewards.mean()), "reward_std": float(rewards.std())}
+    for lang in sorted({sample.lang for sample in kept}):
+        found[f"reward/{lang}"] = _mean([r for s, r in zip(kept, rewards, strict=True) if s.lang == lang])
+    thirds = np.quantile([len(sample.ids) for sample in kept], [1 / 3, 2 / 3])
+    place = np.searchsorted(thirds, [len(sample.ids) for sample in kept], side="left")
+    for index, name in enumerate(("short", "middle", "long")):
+        if (place == index).any():
+            found[f"reward/length/{name}"] = float(rewards[place == index].mean())
+    for scorer in sorted({name for sample in kept for name in sample.parts}):
+        found[f"score/{scorer}"] = _mean([sample.parts[scorer] for sample in kept if scorer in sample.parts])
+    gates = [sample.is_open for sample in kept if sample.is_open is not None]
+    return found | ({"gate_open_fraction": _mean(gates)} if gates else {})
+
+
+def describe_experience(experience: Experience, returns: np.ndarray | None) -> dict[str, float]:
+    """Divergence in nats a completion, entropy in nats a token, drift between sampler and learner, and the critic."""
+    mask = experience.mask.cpu().numpy().astype(bool)
+    gap = (experience.old - experience.ref).cpu().numpy()
+    drift = experience.drift().cpu().numpy()
+    found = {
+        "kl": float((gap * mask).sum(1).mean()),
+        "entropy": float(experience.entropy.cpu().numpy()[mask].mean()),
+        "drift": float(drift[mask].mean()),
+        "drift/max": float(drift[mask].max()),
+    }
+    if returns is not None:
+        spread = float(returns[mask].var())
+        errors = returns[mask] - experience.values.cpu().numpy()[mask]
+        found["explained_variance"] = 1 - float(errors.var()) / spread if spread else 0.0
+    return found
+
+
+def distinct_n(texts: Sequence[str], n: int) -> float:
+    """Share of different n-grams of words among all of them, over all texts together (arXiv 1510.03055); 0 for none."""
+    grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _mean(values: Sequence[float] | Sequence[bool]) -> float:
+    return float(np.mean(values)) if values else 0.0

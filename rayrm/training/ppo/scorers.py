@@ -1,0 +1,172 @@
+"""The scorers of a run, each in Ray actors of its own that are started again when they die."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from rayrm import cluster
+from rayrm.composing import with_constants
+from rayrm.config import find_told
+from rayrm.errors import ConfigError, RayRMError, ServiceError
+from rayrm.scoring import SCORERS, Scoring, check_scoring
+from rayrm.scoring.custom import CustomClass, CustomScoring
+from rayrm.scoring.service import ServiceScoring, find_served
+from rayrm.training.launch import TrainingWorkers
+from rayrm.training.ppo.settings import PolicyGradient
+
+log = logging.getLogger("rayrm")
+METHODS = {"text": "score", "sentences": "score", "spans": "spans"}
+"""What a scorer is asked for, by the unit of a part."""
+
+
+class Share(NamedTuple):
+    """The rows of one actor."""
+
+    number: int
+    """Which of the scorer's actors."""
+    actor: Any
+    rows: list[dict[str, Any]]
+    answer: Any
+    """Reference of what the actor gives."""
+
+
+class Ticket(NamedTuple):
+    """Rows that a scorer works on."""
+
+    name: str
+    method: str
+    shares: list[Share]
+
+
+class ScorerPool:
+    """Started with the first rows. Raises what a scorer raises where it is made."""
+
+    def __init__(self, scorers: Sequence[Scoring], max_failures: int) -> None:
+        self.configs = {config.name: config for config in scorers}
+        self.failures_left = max_failures
+        self.actors: dict[str, list[Any]] = {}
+        self.revisions: dict[str, str | None] = {}
+        """What the services among them must run, by the scorer's name, once `pin` has been called."""
+
+    def pin(self, known: dict[str, str | None]) -> dict[str, str | None]:
+        """Hold services to the revisions of `known`, or where it is empty to those of now; gives them.
+
+        Raises ServiceError when a service runs another one.
+        """
+        services = [config for config in self.configs.values() if isinstance(config, ServiceScoring)]
+        found = {config.name: find_served(config).revision for config in services}
+        self.revisions = known or found
+        for name, revision in found.items():
+            check_revision(name, revision, self.revisions[name])
+        return self.revisions
+
+    def submit(self, name: str, unit: str, rows: Sequence[dict[str, Any]]) -> Ticket:
+        """Have rows with `candidates` scored; the answer is that of `result`."""
+        if name not in self.actors:
+            num = self.configs[name].workers.num_workers
+            self.actors[name] = [self._start(name) for _ in range(num)]
+        num = min(len(self.actors[name]), len(rows))
+        shares = [self._ask(name, index, METHODS[unit], list(rows[index::num])) for index in range(num)]
+        return Ticket(name, METHODS[unit], shares)
+
+    def result(self, ticket: Ticket) -> list[Any]:
+        """For each row what the scorer gives its candidates.
+
+        Raises what the scorer raises, and RayRMError when its actors have died too often.
+        """
+        import ray
+        from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayError
+
+        answers: list[list[Any]] = []
+        for share in ticket.shares:
+            while True:
+                try:
+                    answers.append(ray.get(share.answer))
+                    break
+                except RayError as error:
+                    if told := find_told(error):
+                        raise told from None
+                    if not isinstance(error, RayActorError | ObjectLostError | OutOfMemoryError):
+                        raise
+                    share = self._replace(ticket, share)
+        found: list[Any] = [None] * sum(len(share.rows) for share in ticket.shares)
+        for place, answer in enumerate(answers):
+            found[place :: len(answers)] = answer
+        return found
+
+    def close(self) -> None:
+        """End all actors."""
+        import ray
+
+        for actor in (actor for actors in self.actors.values() for actor in actors):
+            ray.kill(actor)
+        self.actors = {}
+
+    def _replace(self, ticket: Ticket, share: Share) -> Share:
+        """The rows, asked once more of a new actor; of one that another ticket has started already, where there is."""
+        if self.actors[ticket.name][share.number] is not share.actor:
+            return self._ask(ticket.name, share.number, ticket.method, share.rows)
+        if not self.failures_left:
+            raise RayRMError(
+                f"Actors of the scorer '{ticket.name}' keep dying; see Ray's logs for the reason, and give them more "
+                "memory or start fewer."
+            )
+        self.failures_left -= 1
+        log.warning("an actor of the scorer '%s' died; its rows go to a new one", ticket.name)
+        self.actors[ticket.name][share.number] = self._start(ticket.name)
+        return self._ask(ticket.name, share.number, ticket.method, share.rows)
+
+    def _ask(self, name: str, index: int, method: str, rows: list[dict[str, Any]]) -> Share:
+        actor = self.actors[name][index]
+        return Share(index, actor, rows, actor.call.remote(method, rows))
+
+    def _start(self, name: str) -> Any:
+        import ray
+
+        config = self.configs[name]
+        workers = config.workers
+        options = {"num_cpus": workers.num_cpus, "num_gpus": workers.num_gpus, "scheduling_strategy": "DEFAULT"}
+        return ray.remote(ScorerActor).options(**options).remote(config, self.revisions.get(name))
+
+
+class ScorerActor:
+    """A loaded scorer; a service must run `revision`. Raises what the scorer raises, and ServiceError."""
+
+    def __init__(self, config: Scoring, revision: str | None) -> None:
+        self.scorer: Any = SCORERS[config.type](config)
+        if isinstance(config, ServiceScoring):
+            check_revision(config.name, self.scorer.served.revision, revision)
+
+    def call(self, method: str, rows: list[dict[str, Any]]) -> list[Any]:
+        """What `method` of the scorer gives for the rows."""
+        return list(getattr(self.scorer, method)(rows))
+
+
+def check_revision(name: str, found: str | None, wanted: str | None) -> None:
+    """Raise ServiceError when a service runs another revision of its model than the run began with."""
+    if None not in (found, wanted) and found != wanted:
+        raise ServiceError(
+            f"The service of the scorer '{name}' runs revision {found} of its model, and this run began with {wanted}; "
+            "rewards of two models must not be mixed: serve that one again, or start in another output."
+        )
+
+
+def check_rewarded(training: PolicyGradient, rows: str, workers: TrainingWorkers) -> None:
+    """Find out, before anything starts, whether completions of the prompts at `rows` can be drawn and scored.
+
+    Raises what `check_scoring` and `with_constants` raise, ConfigError for a scorer that is asked for spans and marks
+    none, and ResourceError when all actors of a run can never be there at the same time.
+    """
+    with_constants(training.rewarding)
+    asked = {part.key for part in training.rewarding.parts}
+    groups: list[Any] = [workers, training.rollouts.workers, *(config.workers for config in training.scorers)]
+    for what, kind in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
+        total = sum(group.num_workers * getattr(group, kind) for group in groups)
+        cluster.require_total(total, what, "Learner, samplers and scorers together")
+    for config in training.scorers:
+        check_scoring(rows, config)
+        made_of = CustomClass(config.scorer).make if isinstance(config, CustomScoring) else SCORERS[config.type]
+        if (config.name, "spans") in asked and not hasattr(made_of, "spans"):
+            raise ConfigError(f"rewarding asks the scorer '{config.name}' for spans, and '{config.type}' marks none.")

@@ -1,0 +1,157 @@
+"""Policy training with rewards goes on when any of its roles is killed, and uses no sample twice."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import test_ppo
+import torch
+import yaml
+from conftest import free_port
+from safetensors.torch import load_file
+from test_kills import descendants, kill_group, run_job, start_job, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
+prompts = test_ppo.data
+NUM_STEPS = 30
+CONFIG = Path(__file__).resolve().parents[1] / "serve_configs" / "reward.yaml"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prompts, tmp_path_factory):
+    """The runs that nobody disturbs, on-policy and overlapped."""
+    output = tmp_path_factory.mktemp("undisturbed")
+    for name in ("plain", "overlap"):
+        run_job("train_policy", words(prompts, output / name, name == "overlap"))
+    return output
+
+
+def words(prompts, output, overlap, *more):
+    """How the job is called; states are frequent enough to be killed between two."""
+    return [
+        f"input={prompts}/prompts.parquet",
+        f"output={output}",
+        "training.type=ppo",
+        f"training.model={prompts}/policy",
+        "training.chat_template=none",
+        "training.max_length=64",
+        "training.lr=1e-3",
+        "training.global_batch_size=4",
+        "training.micro_batch_size=3",
+        f"training.max_steps={NUM_STEPS}",
+        f"training.overlap={str(overlap).lower()}",
+        "training.sampling.num_candidates=2",
+        "training.sampling.max_tokens=12",
+        "training.rollouts.engine=transformers",
+        "training.rollouts.workers.num_cpus=0.4",
+        *(more or ["training.scorers.0.type=grammar", "training.scorers.0.workers.num_cpus=0.2"]),
+        f"training.rewarding.holistic.scorer={'service' if more else 'grammar'}",
+        "training.rewarding.holistic.weight=0.1",
+        "workers.num_workers=2",
+        "workers.num_cpus=0.5",
+        "parallelism.zero_stage=2",
+        "save_steps=5",
+        "log_steps=1",
+        "report_to=none",
+    ]
+
+
+def samples_of(output):
+    return {p.name: [json.loads(line) for line in p.open()] for p in sorted(Path(output).glob("samples/*.jsonl"))}
+
+
+def states(output):
+    return list(Path(output).glob("state/step-*"))
+
+
+def assert_equal_runs(output, expected):
+    weights = [load_file(path / "model" / "model.safetensors") for path in (output, expected)]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], atol=2e-5, rtol=0)
+    found, wanted = samples_of(output), samples_of(expected)
+    assert found == wanted and len(found) == NUM_STEPS
+    ids = [sample["id"] for rows in found.values() for sample in rows]
+    assert len(ids) == len(set(ids)) == NUM_STEPS * 8
+    histories = [[json.loads(line) for line in (path / "metrics.jsonl").open()] for path in (output, expected)]
+    for found, wanted in zip(*(test_ppo.without_times(history) for history in histories), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-2, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["plain", "overlap"])
+@pytest.mark.parametrize("role", ["RolloutActor", "ScorerActor", "RayTrainWorker"])
+def test_a_run_goes_on_after_one_of_its_roles_was_killed(prompts, undisturbed, tmp_path, role, kind):
+    process = start_job("train_policy", words(prompts, tmp_path, kind == "overlap"))
+    wait_for(lambda: len(states(tmp_path)) >= 2, process)
+    victims = descendants(process, role)
+    assert victims and not (tmp_path / "model").exists(), "the role runs in the middle of it"
+    victims[0].kill()
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert_equal_runs(tmp_path, undisturbed / kind)
+
+
+@pytest.mark.parametrize("kind", ["plain", "overlap"])
+def test_a_run_goes_on_after_its_driver_was_killed(prompts, undisturbed, tmp_path, kind):
+    process = start_job("train_policy", words(prompts, tmp_path, kind == "overlap"))
+    wait_for(lambda: len(states(tmp_path)) >= 2, process)
+    kill_group(process)
+    assert not (tmp_path / "model").exists()
+    assert "resuming" in run_job("train_policy", words(prompts, tmp_path, kind == "overlap"))
+    assert_equal_runs(tmp_path, undisturbed / kind)
+
+
+def serve_on(port, model, folder):
+    """`serve run` on the project's config, with another model and port, on a Ray of its own."""
+    values = yaml.safe_load(CONFIG.read_text())
+    values["http_options"]["port"] = port
+    values["applications"][0]["args"]["models"][0]["model"] = model
+    (folder / "serve.yaml").write_text(yaml.safe_dump(values))
+    temporary = Path("/tmp") / f"rayrm-{port}-{time.monotonic_ns()}"
+    temporary.mkdir()
+    environment = os.environ | {"RAY_ADDRESS": "local", "RAY_TMPDIR": str(temporary), "RAYRM_API_KEYS": "me=secret"}
+    command = [str(Path(sys.executable).parent / "serve"), "run", str(folder / "serve.yaml")]
+    with open(folder / "serve.log", "ab") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def is_ready(port):
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/ready", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def test_a_run_waits_for_a_reward_server_that_was_killed(prompts, served_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYRM_API_KEY", "secret")
+    port = free_port()
+    server = serve_on(port, served_model, tmp_path)
+    try:
+        wait_for(lambda: is_ready(port), server)
+        service = ["training.scorers.0.type=service", f"training.scorers.0.endpoint=http://127.0.0.1:{port}"]
+        service += ["training.scorers.0.timeout_s=240", "training.scorers.0.workers.num_cpus=0.1"]
+        process = start_job("train_policy", words(prompts, tmp_path / "run", False, *service))
+        wait_for(lambda: len(states(tmp_path / "run")) >= 2, process)
+        doomed = [server.pid, *(child.pid for child in descendants(server, ""))]
+        for pid in doomed:
+            os.kill(pid, signal.SIGKILL)
+        server.wait()
+        time.sleep(5)
+        assert process.poll() is None and not (tmp_path / "run" / "model").exists()
+        num_before = len(samples_of(tmp_path / "run"))
+        server = serve_on(port, served_model, tmp_path)
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, output
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
+    found = samples_of(tmp_path / "run")
+    assert num_before < len(found) == NUM_STEPS
+    assert all(sample["fault"] is None and sample["reward"] is not None for rows in found.values() for sample in rows)
+    ids = [sample["id"] for rows in found.values() for sample in rows]
+    assert len(ids) == len(set(ids))

@@ -1,0 +1,395 @@
+"""Policy training with rewards on one worker, with a real learner and sampler in this process."""
+
+import json
+import random
+import shutil
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rayrm.config import build_config
+from rayrm.errors import CheckpointError, ConfigError, RayRMError
+from rayrm.models.creation import CreationConfig, create_model
+from rayrm.models.vllm import EngineConfig
+from rayrm.scoring.grammar import GrammarScorer
+from rayrm.training.ppo.experience import compute_advantages
+from rayrm.training.ppo.settings import RewardedJob
+
+SIZES = CreationConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, max_length=64)
+NUM_ROWS = 24
+
+
+def teach(path):
+    """Some steps on random answers, so that completions are words and end."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    rng = random.Random(1)
+    words = ["one", "two", "three", "good", "bad"]
+    for _ in range(60):
+        texts = [[" ".join(rng.choices(words, k=rng.randint(1, 4))) for _ in range(2)] for _ in range(16)]
+        rows = [
+            [*tokenizer(f"{a}|")["input_ids"], *tokenizer(b)["input_ids"], tokenizer.eos_token_id] for a, b in texts
+        ]
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
+        labels = torch.tensor([row + [-100] * (width - len(row)) for row in rows])
+        model(ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A tiny policy that answers with a few of five words, and prompts whose right answers are two of them."""
+    folder = tmp_path_factory.mktemp("ppo")
+    create_model(["one two three good bad"] * 9, SIZES, f"{folder}/policy")
+    teach(f"{folder}/policy")
+    rng = random.Random(0)
+    rows = []
+    for index in range(NUM_ROWS):
+        text = " ".join(rng.choice(["one", "two", "three"]) for _ in range(rng.randint(1, 6)))
+        lang = ["de", "fr"][index % 2]
+        rows.append(
+            {
+                "id": f"r{index}",
+                "group": f"g{index // 2}",
+                "prompt": [{"role": "user", "content": text}],
+                "source": text,
+                "reference": "good one",
+                "anchor": None,
+                "src_lang": "en",
+                "tgt_lang": lang,
+                "lang": lang,
+                "subset": None,
+            }
+        )
+    pq.write_table(pa.Table.from_pylist(rows), folder / "prompts.parquet")
+    return folder
+
+
+def make_job(data, output, zero_stage=0, save_steps=100, log_steps=1, **training):
+    values = {
+        "input": f"{data}/prompts.parquet",
+        "output": str(output),
+        "training": {
+            "type": "ppo",
+            "model": f"{data}/policy",
+            "max_length": 64,
+            "lr": 1e-3,
+            "schedule": "constant",
+            "warmup_fraction": 0.0,
+            "global_batch_size": 4,
+            "micro_batch_size": 3,
+            "max_steps": 4,
+            "seed": 1,
+            "sampling": {"num_candidates": 2, "max_tokens": 12},
+            "rollouts": {"engine": "transformers"},
+            "scorers": [{"type": "grammar"}],
+            "rewarding": {"holistic": {"scorer": "grammar", "weight": 0.1}},
+            **training,
+        },
+        "parallelism": {"zero_stage": zero_stage},
+        "save_steps": save_steps,
+        "log_steps": log_steps,
+        "report_to": "none",
+    }
+    return build_config(RewardedJob, values, "the test")
+
+
+class Rollouts:
+    """A real sampler, in this process."""
+
+    def __init__(self, model, config, decoding):
+        from rayrm.models.generating import TransformersEngine
+
+        self.engine = TransformersEngine(model, EngineConfig())
+        self.decoding = decoding
+
+    def push(self, state, version):
+        self.engine.load_weights({name: tensor.clone() for name, tensor in state.items()})
+        self.version = version
+
+    def draw(self, requests):
+        prompts, seeds = [r.prompt_ids for r in requests], [r.seed for r in requests]
+        yield requests, self.engine.draw(prompts, seeds, self.decoding), self.version
+
+    def close(self):
+        pass
+
+
+class Scorers:
+    """The scorer, in this process; `lost` says which texts it has no score for."""
+
+    lost = staticmethod(lambda text: False)
+
+    def __init__(self, scorers, max_failures):
+        self.scorer = GrammarScorer(scorers[0])
+
+    def pin(self, known):
+        return known
+
+    def submit(self, name, unit, rows):
+        outcomes = self.scorer.score(rows) if unit != "spans" else self.scorer.spans(rows)
+        return [
+            [
+                (None, "overloaded") if self.lost(text) else outcome
+                for text, outcome in zip(row["candidates"], o, strict=True)
+            ]
+            for row, o in zip(rows, outcomes, strict=True)
+        ]
+
+    def result(self, ticket):
+        return ticket
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def alone(process_group, monkeypatch, tmp_path):
+    """Sampler and scorer in this process, and states in a folder of the test."""
+    from ray import train
+
+    from rayrm.training.ppo import loop
+
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(loop, "RolloutPool", Rollouts)
+    monkeypatch.setattr(loop, "ScorerPool", Scorers)
+
+    def report(metrics, checkpoint, checkpoint_dir_name):
+        shutil.copytree(checkpoint.path, tmp_path / checkpoint_dir_name)
+
+    monkeypatch.setattr(train, "report", report)
+
+
+def start(job):
+    from rayrm.training.ppo.loop import RewardedTrainer
+
+    return RewardedTrainer(job, "{% for m in messages %}{{ m['content'] }}|{% endfor %}", job.training.micro_batch_size)
+
+
+def finish(trainer):
+    trainer.train(show_progress=False)
+    return {name: p.detach().clone() for name, p in trainer.learner.network.named_parameters()}
+
+
+def samples_of(folder):
+    found = {}
+    for path in sorted((folder / "samples").glob("*.jsonl")):
+        found[path.stem] = [json.loads(line) for line in path.read_text().splitlines()]
+    return found
+
+
+TIMES = ("seconds/", "step_s", "grad_norm")
+"""What differs between runs that are the same; ZeRO 0 tells no norm."""
+
+
+def without_times(history):
+    return [{name: value for name, value in record.items() if not name.startswith(TIMES)} for record in history]
+
+
+def test_the_gradient_of_an_update_is_that_of_plain_torch(data, tmp_path, alone, monkeypatch):
+    """Uneven passes add up to the gradient of one loss over all tokens, policy, value and entropy together."""
+    job = make_job(
+        data, tmp_path / "run", num_updates=1, num_mini_batches=1, entropy_coefficient=0.3, kl={"coefficient": 0.2}
+    )
+    trainer = start(job)
+    trainer.push()
+    experience = trainer.receive(trainer.begin(0))
+    assert len(set(experience.lengths)) > 1 and len(experience.lengths) == 8
+    advantages, returns = compute_advantages(experience, job.training, 0.2)
+    found = {}
+    monkeypatch.setattr(
+        trainer.learner.engine,
+        "step",
+        lambda: found.update((n, p.grad.clone()) for n, p in trainer.learner.network.named_parameters()),
+    )
+    trainer.learner.learn(experience, advantages, returns, 0, 0.2)
+
+    model = AutoModelForCausalLM.from_pretrained(f"{data}/policy", dtype=torch.float64)
+    head = torch.nn.Linear(32, 1, dtype=torch.float64)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    total, num = 0.0, sum(experience.lengths)
+    for row, sample in enumerate(experience.samples):
+        out = model(torch.tensor([sample.prompt_ids + sample.ids]), output_hidden_states=True)
+        first, length = len(sample.prompt_ids) - 1, len(sample.ids)
+        logprobs = out.logits[0, first:-1].log_softmax(-1)
+        chosen = logprobs[range(length), sample.ids]
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        values = head(out.hidden_states[-1][0, first:-1])[:, 0]
+        assert experience.old[row, :length].tolist() == pytest.approx(chosen.tolist(), abs=1e-5)
+        ratio = (chosen - chosen.detach()).exp()
+        loss = -ratio * advantages[row, :length] - 0.3 * entropy
+        loss = loss + 0.1 * 0.5 * (values - returns[row, :length]) ** 2
+        total = total + loss.sum()
+    (total / num).backward()
+    wanted = {f"policy.{name}": p.grad for name, p in model.named_parameters()}
+    wanted |= {"value_head.weight": head.weight.grad, "value_head.bias": head.bias.grad}
+    assert found.keys() == wanted.keys()
+    assert found["value_head.weight"].norm() > 1e-3
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient.double(), wanted[name], atol=2e-6, rtol=1e-4, msg=lambda m, n=name: n + m)
+
+
+def test_no_completion_loses_its_reward_whatever_its_length(data, tmp_path, alone):
+    trainer = start(make_job(data, tmp_path / "run"))
+    trainer.push()
+    experience = trainer.receive(trainer.begin(0))
+    assert max(experience.lengths) > min(experience.lengths)
+    for row, sample in enumerate(experience.samples):
+        assert sample.reward == pytest.approx(
+            0.1 * GrammarScorer(None).score([{"reference": "good one", "candidates": [sample.text.strip()]}])[0][0][0]
+        )
+        assert float((experience.rewards * experience.mask)[row].sum()) == pytest.approx(sample.reward, rel=1e-6)
+        assert float(experience.rewards[row, len(sample.ids) - 1]) == pytest.approx(sample.reward, rel=1e-6)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_an_interrupted_run_ends_like_one_that_was_not(data, tmp_path, alone, overlap):
+    job = make_job(
+        data, tmp_path / "run", save_steps=2, max_steps=5, overlap=overlap, kl={"target": 2.0, "horizon": 20}
+    )
+    whole = start(job)
+    weights = finish(whole)
+    samples = samples_of(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    resumed = start(job)
+    resumed.load(str(tmp_path / "step-2"))
+    shutil.rmtree(tmp_path / "step-4")
+    again = finish(resumed)
+    assert [r["step"] for r in resumed.history] == [1, 2, 3, 4, 5]
+    assert samples_of(tmp_path / "run") == {name: rows for name, rows in samples.items() if name > "step-000002"}
+    for name, tensor in again.items():
+        torch.testing.assert_close(tensor, weights[name], atol=1e-6, rtol=0)
+    for found, wanted in zip(without_times(resumed.history), without_times(whole.history), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-3, abs=1e-5)
+    ids = [sample["id"] for rows in samples.values() for sample in rows]
+    assert len(ids) == len(set(ids)) == 5 * 8
+
+
+def test_with_overlap_the_ratio_is_taken_against_the_weights_that_drew(data, tmp_path, alone):
+    """Each step's samples but the first come from the weights of one update before; the sampler knows which."""
+    trainer = start(make_job(data, tmp_path / "run", overlap=True, max_steps=4, num_updates=1, num_mini_batches=1))
+    finish(trainer)
+    drift = [record["drift/max"] for record in trainer.history]
+    assert max(drift) < 1e-4
+    moved = [record["update_kl"] for record in trainer.history]
+    assert moved[0] < 1e-9 and min(moved[1:]) > 1e-7
+    plain = start(make_job(data, tmp_path / "plain", max_steps=2, num_updates=1, num_mini_batches=1))
+    finish(plain)
+    assert max(record["update_kl"] for record in plain.history) < 1e-9
+
+
+@pytest.mark.parametrize(("zero_stage", "lora"), [(2, None), (3, None), (3, {"r": 4}), (0, {"r": 4})])
+def test_every_way_to_share_the_work_takes_the_same_steps(data, tmp_path, alone, zero_stage, lora):
+    values = {"max_steps": 3, "overlap": True, "lora": lora, "kl": {"coefficient": 0.3}}
+    wanted = start(make_job(data, tmp_path / "one", **values))
+    finish(wanted)
+    found = start(make_job(data, tmp_path / "two", zero_stage=zero_stage, micro_batch_size=2, **{**values}))
+    finish(found)
+    for one, other in zip(without_times(found.history), without_times(wanted.history), strict=True):
+        assert one == pytest.approx(other, rel=2e-3, abs=1e-4)
+    assert found.history[0]["kl"] == pytest.approx(0, abs=1e-6) and abs(found.history[-1]["kl"]) > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["ppo", "rloo", "grpo"])
+def test_every_kind_learns_to_earn_more(data, tmp_path, alone, kind):
+    """Fewer errors means shorter completions here, which a random policy finds soon."""
+    job = make_job(
+        data,
+        tmp_path / kind,
+        type=kind,
+        max_steps=20,
+        lr=3e-3,
+        global_batch_size=8,
+        sampling={"num_candidates": 4, "max_tokens": 12},
+        kl={"coefficient": 0.0},
+        micro_batch_size=32,
+    )
+    trainer = start(job)
+    finish(trainer)
+    rewards = [record["reward"] for record in trainer.history]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:3]) / 3 + 0.1
+    assert ("value_loss" in trainer.history[0]) == (kind == "ppo")
+
+
+def test_a_sample_without_a_score_is_left_out_and_counted(data, tmp_path, alone, monkeypatch):
+    whole = start(make_job(data, tmp_path / "whole", max_steps=1))
+    finish(whole)
+    texts = sorted({sample["text"].strip() for sample in samples_of(tmp_path / "whole")["step-000001"]})
+    monkeypatch.setattr(Scorers, "lost", staticmethod(lambda text: text == texts[0]))
+    trainer = start(make_job(data, tmp_path / "run", max_steps=1))
+    finish(trainer)
+    record = trainer.history[0]
+    rows = samples_of(tmp_path / "run")["step-000001"]
+    lost = [row for row in rows if row["fault"] == "unscored/grammar/overloaded"]
+    assert lost and all(row["reward"] is None for row in lost)
+    assert record["left_out/unscored/grammar/overloaded"] == len(lost) / 8
+    assert record["num_samples"] == 8 - len(lost)
+
+
+def test_a_run_ends_when_too_many_have_no_score(data, tmp_path, alone, monkeypatch):
+    monkeypatch.setattr(Scorers, "lost", staticmethod(lambda text: True))
+    trainer = start(make_job(data, tmp_path / "run", max_steps=1))
+    with pytest.raises(RayRMError, match=r"8 of the 8 completions of a step have no reward \(grammar/overloaded\)"):
+        finish(trainer)
+    assert trainer.step == 0 and not (tmp_path / "run" / "samples").exists()
+
+
+def test_a_sampler_that_is_not_the_policy_ends_the_run(data, tmp_path, alone, monkeypatch):
+    trainer = start(make_job(data, tmp_path / "run"))
+    monkeypatch.setattr(trainer.rollouts, "push", lambda state, version: setattr(trainer.rollouts, "version", version))
+    with pytest.raises(CheckpointError, match="At step 2 sampler and learner differ by .* nats a token"):
+        finish(trainer)
+
+
+def test_filters_that_the_policy_does_not_learn_with_are_named(data, tmp_path, alone):
+    trainer = start(make_job(data, tmp_path / "run", sampling={"num_candidates": 2, "max_tokens": 12, "top_k": 5}))
+    with pytest.raises(CheckpointError, match="sampling has top_k=5 on, which the policy does not learn with"):
+        finish(trainer)
+
+
+def test_rules_of_length_drop_or_penalise(data, tmp_path, alone):
+    rules = {"min_length": 6, "too_short": {"then": "penalise", "reward": -7.0}, "unfinished": {"then": "drop"}}
+    trainer = start(make_job(data, tmp_path / "run", max_steps=3, **rules))
+    finish(trainer)
+    rows = [row for rows in samples_of(tmp_path / "run").values() for row in rows]
+    cut = [row for row in rows if not row["is_finished"]]
+    assert cut and all(row["fault"] == "unfinished" and row["reward"] is None for row in cut)
+    short = [row for row in rows if row["is_finished"] and row["num_tokens"] - 1 < 6]
+    assert short and all(row["reward"] == -7 and row["parts"] == {"too_short": -7} for row in short)
+
+
+def test_prompts_that_cannot_be_answered_are_dropped_and_counted(data, tmp_path, alone):
+    table = pq.read_table(data / "prompts.parquet").to_pylist()
+    table[0]["prompt"] = [{"role": "user", "content": " "}]
+    table[1]["prompt"] = [{"role": "user", "content": "one two three " * 30}]
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "in" / "prompts.parquet")
+    job = make_job(tmp_path / "in", tmp_path / "run", model=f"{data}/policy")
+    trainer = start(job)
+    assert trainer.counts["dropped"] == {"empty_prompt": 1, "overlength": 1}
+    assert len(trainer.rows) == NUM_ROWS - 2
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"type": "rloo", "sampling": {"num_candidates": 1}}, "compared with others of its prompt"),
+        ({"sampling": {"temperature": 0, "num_candidates": 1}}, "equal completions teach nothing"),
+        ({"lora": {"dropout": 0.1}}, "lora.dropout"),
+        ({"rewarding": {"holistic": {"scorer": "other"}}}, "grammar are no part of rewarding"),
+        ({"too_short": {"then": "penalise"}}, "reward belongs to then=penalise"),
+        ({"kl": {"part_of": "loss"}}, "the gradient of k1 in the loss is 0"),
+        ({"kl": {"coefficient": 0, "target": 3}}, "cannot seek a target"),
+        ({"num_mini_batches": 9}, "num_mini_batches 9 is more"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(data, tmp_path, values, message):
+    with pytest.raises(ConfigError, match=message):
+        make_job(data, tmp_path, **values)
