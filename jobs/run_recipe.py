@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import Field
 
-from rayrm import files
+from rayrm import cluster, files
 from rayrm.config import Config, build_config, find_told, parse_args, run_job
 from rayrm.errors import ConfigError
 from rayrm.evaluation.report import Table, format_table
-from rayrm.serving.running import running
+from rayrm.serving.running import prepare_keys, running
 from rayrm.training.launch import MARK
 
 
@@ -43,6 +43,9 @@ class RunRecipe(Config):
     """Folder that `${run}` stands for."""
     jobs: list[Step] = Field(min_length=1)
     """The steps."""
+    num_cpus: int | None = Field(None, ge=1)
+    """Logical CPUs of a Ray that is started for the recipe, so that actors that wait for one another can share cores;
+    null for the number of cores. A cluster that runs keeps its own."""
     serve: str | None = None
     """A Serve config file whose applications are up while the steps run; null for none."""
     only: list[str] | None = None
@@ -65,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Validate every step, then run them. A failing step ends the recipe with an error that names it."""
     recipe = parse_args(RunRecipe, argv)
     steps = load_steps(recipe)
+    if recipe.num_cpus is not None:
+        prepare_keys()
+        cluster.connect(recipe.num_cpus)
     with running(recipe.serve, f"{recipe.run}/serve.log") if recipe.serve is not None else nullcontext():
         run_steps(steps)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,18 @@ log = logging.getLogger("rayrm")
 BOOTSTRAP = "~/ray_bootstrap_config.yaml"
 
 
-def connect() -> None:
-    """Join the cluster of `RAY_ADDRESS` or of this machine, or start a local one that ends with this process."""
+def connect(num_cpus: int | None = None) -> None:
+    """Join the cluster of `RAY_ADDRESS` or of this machine, or start a local one that ends with this process.
+
+    One that is started has `num_cpus` logical CPUs, or as many as there are cores.
+    """
     import ray
     from ray.data import DataContext
 
     if not ray.is_initialized():
-        ray.init(log_to_driver=True, logging_level=logging.WARNING)
+        # Ray refuses a number of CPUs for a cluster that runs already.
+        own = {} if num_cpus is None or "RAY_ADDRESS" in os.environ else {"num_cpus": num_cpus}
+        ray.init(log_to_driver=True, logging_level=logging.WARNING, **own)
     # Jobs show their own progress, by committed rows.
     DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)

@@ -36,10 +36,7 @@ def running(config: str, log_path: str) -> Iterator[None]:
     options = (yaml.safe_load(Path(config).read_text()) or {}).get("http_options", {})
     if "port" not in options:
         raise ConfigError(f"'{config}' sets no http_options.port, at which clients would find it; set one.")
-    if KEYS not in os.environ:
-        # Before Ray starts, whose workers have the environment that it is started in.
-        os.environ[KEY] = secrets.token_hex(16)
-        os.environ[KEYS] = f"recipe={os.environ[KEY]}"
+    prepare_keys()
     cluster.connect()
     import ray
 
@@ -59,6 +56,14 @@ def running(config: str, log_path: str) -> Iterator[None]:
             server.wait(STOP_S)
         except subprocess.TimeoutExpired:
             os.killpg(server.pid, signal.SIGKILL)
+
+
+def prepare_keys() -> None:
+    """Make a key for the service and its clients, unless the environment has some; before Ray starts, whose workers
+    have the environment that it is started in."""
+    if KEYS not in os.environ:
+        os.environ[KEY] = secrets.token_hex(16)
+        os.environ[KEYS] = f"recipe={os.environ[KEY]}"
 
 
 def _wait(address: str, server: subprocess.Popen[bytes], config: str, log_path: str) -> None:
