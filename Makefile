@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export PATH := $(BIN):$(PATH)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test test-slow lint types lock bench clean
+.PHONY: setup demo demo-ppo test test-slow lint types lock bench clean
 
 setup: $(READY)
 
@@ -18,6 +18,9 @@ $(READY): requirements/cpu.lock pyproject.toml
 
 demo: $(READY)
 	$(BIN)/python -m jobs.run_recipe jobs/recipes/demo.yaml
+
+demo-ppo: demo
+	$(BIN)/python -m jobs.run_recipe jobs/recipes/demo_ppo.yaml
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from rayrm.training.ppo.network import ActorCritic, Reference, Snapshot, make_batch
+from rayrm.models.packing import make_packable
+from rayrm.training.ppo.network import ActorCritic, Reference, Snapshot, packed_batch, padded_batch
 from rayrm.training.settings import LowRank
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
@@ -40,19 +41,33 @@ def test_logprobs_and_entropies_are_those_of_each_completion_alone(make):
     network = ActorCritic(model, 0.7, has_critic=True)
     torch.nn.init.normal_(network.value_head.weight)
     start = 0 if model.config.is_encoder_decoder else None
-    batch = make_batch(PROMPTS, COMPLETIONS, pad_id=0, start_id=start)
+    batch = padded_batch(PROMPTS, COMPLETIONS, pad_id=0, start_id=start)
     logprobs, entropy, values = network(*batch)
     assert logprobs.tolist() == pytest.approx(torch.cat([w[0] for w in wanted]).tolist(), abs=1e-5)
     assert entropy.tolist() == pytest.approx(torch.cat([w[1] for w in wanted]).tolist(), abs=1e-5)
-    alone = [network(*make_batch([p], [c], 0, start))[2] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    alone = [network(*padded_batch([p], [c], 0, start))[2] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
     assert values.tolist() == pytest.approx(torch.cat(alone).tolist(), abs=1e-5)
     assert values.std() > 0
+
+
+def test_completions_that_share_their_prompt_get_what_they_get_alone():
+    model = decoder()
+    prompts = [PROMPTS[0], PROMPTS[0], PROMPTS[0], PROMPTS[1]]
+    completions = [[12, 1], [12, 14, 15, 1], [1], [13, 1]]
+    wanted = [plain(model, p, c) for p, c in zip(prompts, completions, strict=True)]
+    make_packable(model)
+    network = ActorCritic(model, 0.7, has_critic=False)
+    batch = packed_batch(prompts, completions)
+    assert batch.inputs["input_ids"].shape == (1, 4 + (2 + 4 + 1) + (1 + 2))
+    logprobs, entropy = network(*batch)
+    assert logprobs.tolist() == pytest.approx(torch.cat([w[0] for w in wanted]).tolist(), abs=1e-5)
+    assert entropy.tolist() == pytest.approx(torch.cat([w[1] for w in wanted]).tolist(), abs=1e-5)
 
 
 def test_the_value_before_a_token_does_not_know_it():
     network = ActorCritic(decoder(), 1.0, has_critic=True)
     torch.nn.init.normal_(network.value_head.weight)
-    one, other = (network(*make_batch([[5, 6]], [[7, last]], 0, None))[2].tolist() for last in (8, 9))
+    one, other = (network(*padded_batch([[5, 6]], [[7, last]], 0, None))[2].tolist() for last in (8, 9))
     assert one == other
 
 
@@ -61,7 +76,7 @@ def test_a_model_is_as_it_was_without_a_pass_of_the_network():
     before = model(torch.tensor([[5, 6, 7]])).logits
     network = ActorCritic(model, 1.0, has_critic=False)
     assert network.value_head is None
-    assert len(network(*make_batch([[5, 6]], [[7]], 0, None))) == 2
+    assert len(network(*padded_batch([[5, 6]], [[7]], 0, None))) == 2
     assert torch.equal(model(torch.tensor([[5, 6, 7]])).logits, before)
 
 

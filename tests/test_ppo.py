@@ -297,6 +297,25 @@ def test_every_way_to_share_the_work_takes_the_same_steps(data, tmp_path, alone,
     assert found.history[0]["kl"] == pytest.approx(0, abs=1e-6) and abs(found.history[-1]["kl"]) > 1e-4
 
 
+def test_a_prompt_that_is_computed_once_for_its_completions_takes_the_same_steps(data, tmp_path, alone):
+    values = {"max_steps": 3, "num_mini_batches": 1, "kl": {"coefficient": 0.3}, "entropy_coefficient": 0.1}
+    histories = []
+    for name, shared in (("apart", False), ("shared", True)):
+        trainer = start(make_job(data, tmp_path / name, shared_prefix=shared, micro_batch_size=4, **values))
+        finish(trainer)
+        histories.append(without_times(trainer.history))
+    for one, other in zip(*histories, strict=True):
+        assert one == pytest.approx(other, rel=2e-3, abs=1e-4)
+
+
+def test_while_values_warm_up_the_policy_stays_as_it_was(data, tmp_path, alone):
+    trainer = start(make_job(data, tmp_path / "run", max_steps=3, value_warmup_steps=2, lr=1e-2))
+    finish(trainer)
+    moved = [record["kl"] for record in trainer.history]
+    assert moved[:2] == pytest.approx([0, 0], abs=1e-6) and trainer.history[2]["update_kl"] > 1e-6
+    assert trainer.history[1]["update_kl"] < 1e-9 and trainer.history[1]["explained_variance"] != 0
+
+
 @pytest.mark.parametrize("kind", ["ppo", "rloo", "grpo"])
 def test_every_kind_learns_to_earn_more(data, tmp_path, alone, kind):
     """Fewer errors means shorter completions here, which a random policy finds soon."""

@@ -10,9 +10,11 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, set_seed
 
 from rayrm.models.folders import load_tokenizer, local_model
+from rayrm.models.packing import make_packable
 from rayrm.models.rendering import Renderer
 from rayrm.rows import Prompt
 from rayrm.scoring import READS
+from rayrm.seeds import seed_of
 from rayrm.shards import iter_tables
 from rayrm.splits import is_held_out
 from rayrm.training.checkpoints import export_model
@@ -48,6 +50,8 @@ def make_engine(job: RewardedJob, template: str | None, micro_batch_size: int) -
     policy = load_network(training, torch.bfloat16 if bf16 else torch.float32)
     if partitioned is not None:
         unset_hf_deepspeed_config()
+    if training.shared_prefix:
+        make_packable(policy)
     if training.lora is not None:
         kind = "SEQ_2_SEQ_LM" if policy.config.is_encoder_decoder else "CAUSAL_LM"
         policy = training.lora.add_to(policy, task_type=kind)
@@ -96,6 +100,8 @@ def read_prompts(job: RewardedJob, renderer: Renderer) -> tuple[list[PromptRow],
             kept = {name: value for name, value in values.items() if name in (*READS, "id", "tools")}
             is_out = is_held_out(values["group"], training.held_out_fraction, training.seed)
             found[is_out].append(PromptRow(kept, ids))
+    # Rows often stand in the order of their languages.
+    found[True].sort(key=lambda row: seed_of(training.seed, row.values["id"], row.values["lang"]))
     counts = {"train": len(found[False]), "held_out": len(found[True]), "dropped": dropped}
     return found[False], found[True][: training.eval_rows], counts
 

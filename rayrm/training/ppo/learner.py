@@ -20,7 +20,7 @@ from rayrm.errors import CheckpointError
 from rayrm.training.batches import micro_batches
 from rayrm.training.ppo.experience import Experience, Sample, pad
 from rayrm.training.ppo.losses import clipped_policy_loss, clipped_value_loss, estimate_kl, token_weights
-from rayrm.training.ppo.network import ActorCritic, Judged, Reference, Snapshot, make_batch
+from rayrm.training.ppo.network import ActorCritic, Judged, Reference, Snapshot, packed_batch, padded_batch
 from rayrm.training.ppo.settings import PPO, RewardedTraining
 
 
@@ -42,17 +42,30 @@ class Learner:
 
     def forward(self, samples: Sequence[Sample]) -> Judged:
         """One pass over some samples; `Judged` has their tokens one after the other."""
-        batch = make_batch([s.prompt_ids for s in samples], [s.ids for s in samples], self.pad_id, self.start_id)
-        device = self.engine.device
-        inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-        logprobs, entropy, *values = self.engine(inputs, batch.places.to(device), batch.targets.to(device))
+        prompts, completions = [sample.prompt_ids for sample in samples], [sample.ids for sample in samples]
+        if self.training.shared_prefix:
+            batch = packed_batch(prompts, completions)
+        else:
+            batch = padded_batch(prompts, completions, self.pad_id, self.start_id)
+        logprobs, entropy, *values = self.engine(*batch.to(self.engine.device))
         return Judged(logprobs, entropy, values[0] if values else None)
 
     def passes(self, samples: Sequence[Sample], rows: Sequence[int]) -> list[tuple[list[int], bool]]:
         """The rows of each forward pass of this worker, and whether they only keep the other workers company."""
-        lengths = [len(sample.prompt_ids) + len(sample.ids) for sample in samples]
-        shares = micro_batches(rows, lengths, self.micro_batch_size, self.rank, self.world)
-        return [(share, False) if share else ([rows[0]], True) for share in shares]
+        groups = self._groups(samples, rows)
+        lengths = [max(len(samples[row].prompt_ids) + len(samples[row].ids) for row in group) for group in groups]
+        size = max(1, self.micro_batch_size // max(map(len, groups)))
+        shares = micro_batches(range(len(groups)), lengths, size, self.rank, self.world)
+        return [([row for n in share for row in groups[n]], False) if share else ([rows[0]], True) for share in shares]
+
+    def _groups(self, samples: Sequence[Sample], rows: Sequence[int]) -> list[list[int]]:
+        """The rows that go through the network together: each alone, or those of a prompt where they share it."""
+        if not self.training.shared_prefix:
+            return [[row] for row in rows]
+        groups: dict[int, list[int]] = {}
+        for row in rows:
+            groups.setdefault(samples[row].row, []).append(row)
+        return list(groups.values())
 
     @torch.no_grad()
     def judge(self, samples: Sequence[Sample], weights: AbstractContextManager[Any] | None = None) -> Tensor:
@@ -95,12 +108,16 @@ class Learner:
 
         Raises CheckpointError when a loss is not finite.
         """
+        warms_up = isinstance(self.training, PPO) and step < self.training.value_warmup_steps
+        self.network.values_alone = warms_up
         sums: dict[str, float] = {}
         num_done = 0
         for epoch in range(self.training.num_updates):
-            order = np.random.default_rng([self.training.seed, step, epoch]).permutation(len(experience.samples))
+            groups = self._groups(experience.samples, range(len(experience.samples)))
+            order = np.random.default_rng([self.training.seed, step, epoch]).permutation(len(groups))
             for part in np.array_split(order, min(self.training.num_mini_batches, len(order))):
-                found = self._update(experience, part.tolist(), (advantages, returns), step, coefficient)
+                rows = [row for group in part for row in groups[group]]
+                found = self._update(experience, rows, (advantages, returns), step, coefficient)
                 num_done += 1
                 sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
                 limit = self.training.max_update_kl
@@ -127,7 +144,7 @@ class Learner:
             inside = experience.mask[share].bool()
             # DeepSpeed averages gradients over workers, and adds them up over forward passes.
             counts = weights[share][inside] * (0.0 if is_padding else self.world)
-            loss, measured = self._losses(judged, experience, share, targets, step, coefficient)
+            loss, measured = self._losses(judged, experience, share, targets, coefficient)
             self.engine.backward((loss * counts).sum(), scale_wrt_gas=False)
             measured["loss"] = loss * counts * num_tokens / self.world
             for name, values in measured.items():
@@ -146,7 +163,6 @@ class Learner:
         experience: Experience,
         rows: list[int],
         targets: tuple[Tensor, Tensor | None],
-        step: int,
         coefficient: float,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of each token of some samples, and what is measured of each: [tokens]."""
@@ -168,7 +184,7 @@ class Learner:
                 judged.values, experience.values[rows][inside], targets[1][rows][inside], training.value_clip_range
             )
             measured |= {"value_loss": value_loss, "value_clip_fraction": value_clipped}
-            if step < training.value_warmup_steps:
+            if self.network.values_alone:
                 loss = loss * 0.0
             loss = loss + training.value_coefficient * value_loss
         return loss, measured

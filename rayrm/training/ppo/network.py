@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from rayrm.models.inputs import pad_right
+from rayrm.models.packing import pack
 from rayrm.training.ppo.losses import entropy_of
 
 
@@ -41,6 +43,8 @@ class ActorCritic(nn.Module):
             self.value_head = nn.Linear(shape[1], 1, dtype=output.weight.dtype)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
+        self.values_alone = False
+        """Whether only the value head is to learn: values then bear no gradient for what they are read from."""
         self._places: Tensor | None = None
         self._hidden: Tensor | None = None
         output.register_forward_pre_hook(self._select)
@@ -49,14 +53,13 @@ class ActorCritic(nn.Module):
         if self._places is None:
             return None
         # [1, tokens, hidden]: models take a batch apart behind their output layer.
-        self._hidden = inputs[0][self._places].unsqueeze(0)
+        self._hidden = inputs[0].flatten(0, 1)[self._places].unsqueeze(0)
         return (self._hidden,)
 
-    def forward(self, inputs: dict[str, Tensor], places: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, inputs: dict[str, Any], places: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         """Log-probability, entropy and, with a critic, value of each of `targets` [tokens].
 
-        `places` [rows, width] is true where the hidden state foretells a token of a completion, in the order of
-        `targets`.
+        `places` [tokens] says which hidden state of the batch, counted through all rows, foretells each of them.
         """
         self._places = places
         try:
@@ -69,39 +72,61 @@ class ActorCritic(nn.Module):
         if self.value_head is None:
             return found
         assert hidden is not None
-        return *found, self.value_head(hidden[0]).squeeze(-1).float()
+        read = hidden[0].detach() if self.values_alone else hidden[0]
+        return *found, self.value_head(read).squeeze(-1).float()
 
 
 class Batch(NamedTuple):
     """The arguments of one forward pass of an `ActorCritic`."""
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     places: Tensor
     targets: Tensor
 
+    def to(self, device: Any) -> Batch:
+        """The same on a device."""
+        inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.inputs.items()}
+        return Batch(inputs, self.places.to(device), self.targets.to(device))
 
-def make_batch(
+
+def padded_batch(
     prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int, start_id: int | None
 ) -> Batch:
     """Right-padded tensors on the CPU. `start_id` is the decoder's first token of an encoder-decoder, else None."""
-    targets = torch.tensor([token for ids in completions for token in ids], dtype=torch.long)
     if start_id is None:
-        ids, mask = _pad([[*p, *c] for p, c in zip(prompts, completions, strict=True)], pad_id)
-        places = torch.zeros_like(mask, dtype=torch.bool)
-        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            places[row, len(prompt) - 1 : len(prompt) - 1 + len(completion)] = True
-        return Batch({"input_ids": ids, "attention_mask": mask}, places, targets)
-    ids, mask = _pad(prompts, pad_id)
-    decoder_ids, decoder_mask = _pad([[start_id, *c[:-1]] for c in completions], pad_id)
+        ids, mask = pad_right([[*p, *c] for p, c in zip(prompts, completions, strict=True)], pad_id, "cpu")
+        first = [len(prompt) - 1 for prompt in prompts]
+        return _batch({"input_ids": ids, "attention_mask": mask}, first, completions, ids.shape[1])
+    ids, mask = pad_right(prompts, pad_id, "cpu")
+    decoder_ids, decoder_mask = pad_right([[start_id, *c[:-1]] for c in completions], pad_id, "cpu")
     inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": decoder_ids}
-    return Batch(inputs | {"decoder_attention_mask": decoder_mask}, decoder_mask.bool(), targets)
+    inputs["decoder_attention_mask"] = decoder_mask
+    return _batch(inputs, [0] * len(completions), completions, decoder_ids.shape[1])
 
 
-def _pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    width = max(map(len, rows))
-    ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows], dtype=torch.long)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], dtype=torch.long)
-    return ids, mask
+def _batch(inputs: dict[str, Any], first: Sequence[int], completions: Sequence[Sequence[int]], width: int) -> Batch:
+    """A batch of rows of `width` places whose completions are foretold from the places `first` on."""
+    places = [row * width + start + k for row, start in enumerate(first) for k in range(len(completions[row]))]
+    targets = [token for ids in completions for token in ids]
+    return Batch(inputs, torch.tensor(places), torch.tensor(targets))
+
+
+def packed_batch(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Batch:
+    """One row without padding on the CPU, in which completions of the same prompt that follow one another share it.
+
+    The network must be packable.
+    """
+    trees: list[list[list[int]]] = []
+    for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        if not index or prompt != prompts[index - 1]:
+            trees.append([])
+        trees[-1].append([*prompt, *completion])
+    packed = pack(trees)
+    places = [
+        torch.from_numpy(where[len(prompt) - 1 : -1]) for where, prompt in zip(packed.places, prompts, strict=True)
+    ]
+    targets = torch.tensor([token for ids in completions for token in ids])
+    return Batch({"input_ids": packed.input_ids, **packed.inputs()}, torch.cat(places), targets)
 
 
 class Snapshot:
@@ -151,8 +176,3 @@ class Reference:
             return self.adapted.disable_adapter()  # type: ignore[no-any-return]
         assert self.snapshot is not None
         return self.snapshot.active()
-
-
-def stand_in(snapshot: Snapshot | None) -> AbstractContextManager[None]:
-    """`snapshot.active()`, or nothing without one."""
-    return nullcontext() if snapshot is None else snapshot.active()

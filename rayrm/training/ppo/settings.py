@@ -53,6 +53,9 @@ class PolicyGradient(Training):
     update before, and the importance ratio is taken against those. Needs memory for one more copy of the weights."""
     kl: KLConfig = KLConfig()
     """What keeps the policy near the model that it started from."""
+    shared_prefix: bool = False
+    """Compute a prompt once for all of its completions, and no padding; for decoder-only models with an attention that
+    can be told. Parts of a step then hold whole prompts."""
     num_updates: int = Field(1, ge=1)
     """Passes over the completions of a step."""
     num_mini_batches: int = Field(1, ge=1)
