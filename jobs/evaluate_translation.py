@@ -21,6 +21,7 @@ from rayrm.evaluation.facts import list_facts
 from rayrm.evaluation.preferences import BootstrapConfig
 from rayrm.evaluation.report import format_table, write_report
 from rayrm.evaluation.translation.comet import check_comet, score_comet
+from rayrm.evaluation.translation.entropy import match_temperature
 from rayrm.evaluation.translation.matrices import write_matrices
 from rayrm.evaluation.translation.measuring import MetricsConfig, SetResult, measure_set
 from rayrm.evaluation.translation.metrics import check_sacrebleu
@@ -56,6 +57,13 @@ class EvaluateTranslation(TranslatedRows):
         names = Counter(policy.name for policy in self.policies)
         if twice := [name for name, num in names.items() if num > 1]:
             raise ValueError(f"several policies are called '{twice[0]}'; give each a name of its own")
+        drawing = {policy.name for policy in self.policies if policy.temperature and policy.entropy_of is None}
+        for policy in self.policies:
+            if policy.entropy_of is not None and policy.entropy_of not in drawing:
+                raise ValueError(
+                    f"entropy_of of '{policy.name}' is '{policy.entropy_of}', and the policies with a temperature of "
+                    f"their own are {', '.join(sorted(drawing)) or 'none'}"
+                )
         return self
 
     @property
@@ -73,12 +81,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         check(config)
     if start_run(config):
         counts = claim_rows(config)
-        results = measure(config, {policy.name: answer(config, policy) for policy in config.policies})
+        found = match_temperatures(config)
+        policies = [
+            policy.model_copy(update={"temperature": found[policy.name]["temperature"]} if policy.name in found else {})
+            for policy in config.policies
+        ]
+        results = measure(config, {policy.name: answer(config, policy) for policy in policies})
         write_matrices(config.output, results, config.metrics.names)
         facts = {f"rows of {name}": describe_counts(own) for name, own in counts.items()} | list_facts(config)
+        facts |= {f"temperature of {name}": describe_temperature(own) for name, own in found.items()}
         page = build_report(results, config.metrics.names, facts, config.bootstrap)
         write_report(files.join(config.output, REPORT), page)
-        finish_run(config, {"rows": counts, "results": {name: found._asdict() for name, found in results.items()}})
+        done = {name: result._asdict() for name, result in results.items()}
+        finish_run(config, {"rows": counts, "temperatures": found, "results": done})
     print_tables(config)
 
 
@@ -99,6 +114,24 @@ def claim_rows(config: EvaluateTranslation) -> dict[str, dict[str, object]]:
     except RayRMError:
         abandon_run(config)
         raise
+
+
+def match_temperatures(config: EvaluateTranslation) -> dict[str, dict[str, float]]:
+    """What `match_temperature` finds, by the names of the policies that ask for it."""
+    named = {policy.name: policy for policy in config.policies}
+    return {
+        name: match_temperature(policy, named[policy.entropy_of], config.rows.output, files.join(config.output, name))
+        for name, policy in named.items()
+        if policy.entropy_of is not None
+    }
+
+
+def describe_temperature(found: dict[str, float]) -> str:
+    """A matched temperature as reports tell it."""
+    return (
+        f"{found['temperature']:.3f}, where its entropy is {found['entropy']:.2f} nats a token "
+        f"({found['wanted']:.2f} wanted)"
+    )
 
 
 def answer(config: EvaluateTranslation, policy: Policy) -> dict[str, str]:
@@ -133,6 +166,8 @@ def print_tables(config: EvaluateTranslation) -> None:
     for name, found in done["results"].items():
         result = SetResult(**{**found, "pairs": [tuple(pair) for pair in found["pairs"]]})
         print(f"\n{name}: {describe_counts(done['rows'][name])}")
+        for policy, own in done["temperatures"].items():
+            print(f"temperature of {policy}: {describe_temperature(own)}")
         tables = [means_table(result, config.metrics.names, config.bootstrap)]
         if result.differences:
             tables.append(differences_table(result, config.metrics.names, config.bootstrap))

@@ -37,6 +37,7 @@ from rayrm.scoring import (
 from rayrm.scoring.base import Span
 from rayrm.scoring.custom import CustomScoring
 from rayrm.scoring.implicit import ImplicitScoring
+from rayrm.scoring.length import LengthScorer, LengthScoring
 from rayrm.scoring.pairwise import PairwiseScoring
 from rayrm.scoring.reward_model import RewardModelScorer, RewardModelScoring
 from rayrm.scoring.service import ServiceScoring
@@ -507,3 +508,17 @@ def test_chances_near_one_stay_finite():
 def test_an_endpoint_is_an_address():
     with pytest.raises(ConfigError, match=r"endpoint' is 'localhost'"):
         build_config(Holder, {"scoring": {"type": "service", "endpoint": "localhost"}}, "a test")
+
+
+def test_length_is_scored_by_what_the_source_lets_expect():
+    scorer = LengthScorer(build_config(LengthScoring, {"ratios": {"en-de": 1.5}}, "the test"))
+    row = {
+        "source": "four",
+        "src_lang": "en",
+        "tgt_lang": "de",
+        "candidates": ["123456", " 123 ", "123456789012", " ", None],
+    }
+    outcomes = scorer.score([row, {**row, "tgt_lang": "fr", "candidates": ["1234"]}, {**row, "source": None}])
+    assert [score for score, _ in outcomes[0][:3]] == pytest.approx([0, -math.log(2), -math.log(2)])
+    assert outcomes[0][3:] == [(None, "empty"), (None, "empty")] and outcomes[1] == [(pytest.approx(0), "ok")]
+    assert outcomes[2][0] == (None, "error")

@@ -11,6 +11,7 @@ from rayrm.evaluation.preferences import BootstrapConfig
 from rayrm.evaluation.translation import metrics
 from rayrm.evaluation.translation.bootstrap import Resampler, slice_draws, summarise, summarise_difference
 from rayrm.evaluation.translation.drift import LanguageGuess, distinct, measure_drift
+from rayrm.evaluation.translation.entropy import LOWEST, find_temperature
 from rayrm.evaluation.translation.matrices import make_matrix
 from rayrm.evaluation.translation.measuring import measure_set
 from rayrm.evaluation.translation.metrics import count_bleu, count_chrf, flatten_text, score_bleu, score_chrf
@@ -259,3 +260,16 @@ def test_distinct_counts_different_sequences_by_all():
     assert distinct([["a", "b", "a", "b"], ["a"]], 1) == 2 / 5
     assert distinct([["a", "b", "a", "b"], ["a"]], 2) == 2 / 3
     assert distinct([["a"]], 2) == 0.0
+
+
+def test_a_temperature_is_found_by_the_entropy_that_it_gives():
+    logits = np.array([2.0, 1.0, 0.0, -1.0])
+
+    def entropy(temperature):
+        p = np.exp(logits / temperature)
+        p /= p.sum()
+        return float(-(p * np.log(p)).sum())
+
+    assert find_temperature(entropy, entropy(0.6), 1.0) == pytest.approx(0.6, abs=2e-3)
+    assert find_temperature(entropy, 5.0, 1.0) == 1.0
+    assert find_temperature(entropy, 0.0, 1.0) == pytest.approx(LOWEST, abs=2e-3)

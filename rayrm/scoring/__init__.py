@@ -22,6 +22,7 @@ from rayrm.scoring.bleurt import BleurtScorer, BleurtScoring
 from rayrm.scoring.custom import CustomClass, CustomScorer, CustomScoring, check_custom
 from rayrm.scoring.grammar import GrammarScorer, GrammarScoring
 from rayrm.scoring.implicit import ImplicitScorer, ImplicitScoring, check_implicit
+from rayrm.scoring.length import LengthScorer, LengthScoring
 from rayrm.scoring.pairwise import PairwiseScorer, PairwiseScoring, check_pairwise
 from rayrm.scoring.reward_model import (
     RewardModelScorer,
@@ -37,7 +38,13 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 Scoring = Annotated[
-    BleurtScoring | RewardModelScoring | GrammarScoring | ImplicitScoring | ServiceScoring | CustomScoring,
+    BleurtScoring
+    | RewardModelScoring
+    | GrammarScoring
+    | LengthScoring
+    | ImplicitScoring
+    | ServiceScoring
+    | CustomScoring,
     Field(discriminator="type"),
 ]
 """The config of any scorer, told apart by `type`."""
@@ -53,6 +60,7 @@ SCORERS: dict[str, Any] = {
     "bleurt": BleurtScorer,
     "reward_model": RewardModelScorer,
     "grammar": GrammarScorer,
+    "length": LengthScorer,
     "implicit": ImplicitScorer,
     "service": ServiceScorer,
     "custom": CustomScorer,
@@ -109,7 +117,7 @@ def check_scoring(path: str, config: Scoring) -> None:
             raise ConfigError(f"'{name}' has scores named '{config.name}' already; set another scoring.name.")
     if isinstance(config, BleurtScoring):
         check_model(config.model)
-    elif not isinstance(config, GrammarScoring):
+    elif not isinstance(config, GrammarScoring | LengthScoring):
         check_preference_scoring(config, [path])
         if isinstance(config, RewardModelScoring):
             check_gives_rewards(config.model)

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from rayrm import cluster, files
 from rayrm.evaluation.preferences import Floats
@@ -37,9 +37,17 @@ class Policy(SamplingConfig):
     num_candidates: int = Field(1, ge=1)
     """Translations of each row; corpus metrics are taken of the first ones, the second ones … and averaged."""
     temperature: float = Field(0.0, ge=0)
-    """Divisor of the logits; 0 for greedy decoding."""
+    """Divisor of the logits; 0 for greedy decoding. With entropy_of, the highest one that is tried."""
+    entropy_of: str | None = None
+    """Name of another policy: this one draws at the temperature at which its entropy is that of the other."""
     max_tokens: int = Field(768, ge=1)
     """Tokens at which a translation is cut."""
+
+    @model_validator(mode="after")
+    def _draws(self) -> Policy:
+        if self.entropy_of is not None and not self.temperature:
+            raise ValueError(f"entropy_of is {self.entropy_of}, and temperature 0; set the highest temperature to try")
+        return self
 
     @field_validator("name")
     @classmethod

@@ -1,0 +1,98 @@
+"""The temperature at which one policy is as undecided as another: sharper samples are better ones, whatever was learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rayrm import cluster, files
+from rayrm.config import find_told
+from rayrm.rows import Prompt
+from rayrm.seeds import seed_of
+from rayrm.shards import read_table
+
+if TYPE_CHECKING:
+    from rayrm.evaluation.translation.policies import Policy
+
+NUM_PROMPTS = 512
+"""Prompts that an entropy is measured on, drawn by a hash; the same ones for every policy."""
+LOWEST = 0.05
+"""The lowest temperature that is tried."""
+NUM_HALVINGS = 9
+
+
+def find_temperature(measure: Callable[[float], float], wanted: float, highest: float) -> float:
+    """The temperature between `LOWEST` and `highest` whose entropy, as `measure` gives it, is nearest to `wanted`.
+
+    Entropy grows with the temperature; beyond either end, that end.
+    """
+    low, high = LOWEST, highest
+    if measure(high) <= wanted:
+        return high
+    for _ in range(NUM_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if measure(middle) < wanted else (low, middle)
+    return (low + high) / 2
+
+
+def match_temperature(policy: Policy, other: Policy, prompts: str, output: str) -> dict[str, float]:
+    """`temperature` at which `policy` has the `entropy` of `other`, `wanted`, in nats a token; measured once.
+
+    Both are means of −log p over the tokens that each draws at its own temperature for the same prompts of the Prompt
+    rows at `prompts`. What was found is kept in the folder `output`. Raises what the policies raise when they load.
+    """
+    where = files.join(output, "temperature.json")
+    if not files.exists(where):
+        rows = read_table(prompts).select(list(Prompt.columns)).to_pylist()
+        rows = sorted(rows, key=lambda row: seed_of(0, row["id"], row["lang"]))[:NUM_PROMPTS]
+        wanted = _measure(other, rows, lambda meter: meter(other.temperature))
+        found = _measure(policy, rows, lambda meter: find_temperature(meter, wanted, policy.temperature))
+        entropy = _measure(policy, rows, lambda meter: meter(found))
+        files.write_json(where, {"temperature": found, "entropy": entropy, "wanted": wanted})
+    kept: dict[str, float] = files.read_json(where)
+    return kept
+
+
+def _measure(policy: Policy, rows: Sequence[dict[str, Any]], use: Callable[[Callable[[float], float]], float]) -> float:
+    """What `use` makes of the policy's entropy by temperature, while an actor holds the policy."""
+    import ray
+
+    workers = policy.workers
+    cluster.require(1, workers.num_cpus, workers.num_gpus, f"Policy '{policy.name}'")
+    meter_class: Any = ray.remote(num_cpus=workers.num_cpus, num_gpus=workers.num_gpus)(EntropyMeter)
+    actor = meter_class.remote(policy, list(rows))
+    try:
+        return use(lambda temperature: float(ray.get(actor.measure.remote(temperature))))
+    except ray.exceptions.RayError as error:
+        raise find_told(error) or error from None
+    finally:
+        ray.kill(actor)
+
+
+class EntropyMeter:
+    """A policy with its prompts. Raises as `CandidateSampler` does; rows that it drops count nowhere."""
+
+    def __init__(self, policy: Policy, rows: list[dict[str, Any]]) -> None:
+        from rayrm.models.folders import load_tokenizer, local_model
+        from rayrm.models.rendering import Renderer, load_template
+        from rayrm.models.vllm import Engine, check_build
+        from rayrm.sampling import prompt_ids
+
+        check_build(policy.workers.num_gpus)
+        self.policy = policy
+        self.engine = Engine(
+            local_model(policy.model), policy.engine, max(1, int(policy.workers.num_cpus)), with_logprobs=True
+        )
+        tokenizer = load_tokenizer(policy.model, policy.engine.trust_remote_code)
+        renderer = Renderer(tokenizer, load_template(policy.chat_template, tokenizer, policy.model))
+        found = [prompt_ids(row, renderer, policy, self.engine.max_model_len)[0] for row in rows]
+        self.prompts = [ids for ids in found if ids is not None]
+        self.seeds = [seed_of(policy.seed, str(index)) for index in range(len(self.prompts))]
+
+    def measure(self, temperature: float) -> float:
+        """Mean −log p of the drawn tokens, in nats."""
+        decoding = self.policy.model_copy(update={"temperature": temperature, "num_candidates": 1, "stop": []})
+        drawn = self.engine.draw(self.prompts, self.seeds, decoding)
+        return -float(np.mean([logprob for (one,) in drawn for logprob in one.logprobs]))
