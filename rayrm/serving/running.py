@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,13 +30,19 @@ def running(config: str, log_path: str) -> Iterator[None]:
     """`serve run config` while the block runs; what it prints goes to the local file `log_path`.
 
     Without keys in the environment, it gets one of its own, which clients in this process and its Ray know too. Raises
-    ConfigError when there is no such file or it names no port, and ServiceError when the service does not come up.
+    ConfigError when there is no such file, or it names no port or one that is taken, and ServiceError when the service
+    does not come up.
     """
     if not Path(config).is_file():
         raise ConfigError(f"There is no Serve config at '{config}'; give a file such as serve_configs/reward.yaml.")
     options = (yaml.safe_load(Path(config).read_text()) or {}).get("http_options", {})
     if "port" not in options:
         raise ConfigError(f"'{config}' sets no http_options.port, at which clients would find it; set one.")
+    with socket.socket() as probe:
+        if not probe.connect_ex(("127.0.0.1", options["port"])):
+            raise ConfigError(
+                f"'{config}' wants port {options['port']}, and another server listens there; stop it, or set another port."
+            )
     prepare_keys()
     cluster.connect()
     import ray
