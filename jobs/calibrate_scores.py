@@ -1,8 +1,7 @@
 """Measure how the scores of a policy's own samples lie: the constants that a composed reward is normalised by.
 
-Takes Scored rows of what the start policy samples. Mean and standard deviation of each scorer, and of the lengths in
-characters, stand in `run.json` over all texts and by language; `calibration` of a part of a composition reads those over
-all texts.
+Takes Scored rows of what the start policy samples. Mean and standard deviation of each scorer stand in `run.json`, over
+all texts and by language; `calibration` of a part of a composition reads those over all texts.
 """
 
 from __future__ import annotations

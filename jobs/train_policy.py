@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from rayrm import files
 from rayrm.config import parse_args, run_job
 from rayrm.errors import RayRMError
-from rayrm.evaluation.policy_report import write_policy_report
+from rayrm.evaluation.policy_report import REPORT, write_policy_report
 from rayrm.runs import abandon_run, finish_run, start_run
 from rayrm.training.checkpoints import push_to_hub
-from rayrm.training.curves import CURVE
+from rayrm.training.curves import CURVE, SAMPLES
 from rayrm.training.launch import MARK, MODEL
 from rayrm.training.policy import PolicyJob, check_policy, train_policy
 from rayrm.training.ppo.settings import PolicyGradient
@@ -26,7 +26,7 @@ log = logging.getLogger("rayrm")
 
 
 class TrainPolicy(PolicyJob):
-    """A policy from Prompt rows with a reference (sft), or from Preference rows (dpo)."""
+    """A policy from Prompt rows with a reference (sft), Preference rows (dpo), or Prompt rows and scorers."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,13 +39,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             facts = train_policy(config, template)
         except RayRMError:
-            # What must change is part of what the output was claimed for; without a state, nothing is lost.
-            if not files.exists(files.join(config.output, CURVE)):
+            # What must change is part of what the output was claimed for; before any step, nothing is lost.
+            if not any(files.exists(files.join(config.output, name)) for name in (CURVE, SAMPLES)):
                 abandon_run(config)
             raise
         finish_run(config, facts, mark=MARK)
-        if isinstance(config.training, PolicyGradient):
-            log.info("the page of the run: %s", write_policy_report(config.output))
+    if isinstance(config.training, PolicyGradient) and not files.exists(files.join(config.output, REPORT)):
+        log.info("the page of the run: %s", write_policy_report(config.output))
     if config.hub_id is not None:
         push_to_hub(files.join(config.output, MODEL), config.hub_id)
 

@@ -47,8 +47,13 @@ class Part(Config):
     def _agrees(self) -> Self:
         if self.calibration is not None and (self.mean, self.std) != (0.0, 1.0):
             raise ValueError(f"mean and std of '{self.scorer}' are set beside calibration, which holds both")
-        if self.calibration is not None and self.unit == "spans":
-            raise ValueError(f"a calibration holds no scores of spans; set mean and std of '{self.scorer}'")
+        if self.calibration is not None and self.unit != "text":
+            raise ValueError(f"a calibration holds no scores of {self.unit}; set mean and std of '{self.scorer}'")
+        if self.unit == "spans" and (self.shaping == "sigmoid" or self.aggregate == "mean"):
+            raise ValueError(
+                f"with shaping sigmoid or aggregate mean a text without a span of '{self.scorer}' is worth as much as one "
+                "with bad ones, or less; take centred_sigmoid or none, and the sum"
+            )
         if self.aggregate == "mean" and self.unit == "text":
             raise ValueError(f"aggregate of '{self.scorer}' is 'mean', and a text is one unit; leave it out")
         return self
@@ -228,7 +233,7 @@ class Constants(NamedTuple):
 
 
 def read_constants(path: str, scorer: str) -> Constants:
-    """What calibrate_scores found for a scorer, or for `length`, at its output folder `path`.
+    """What calibrate_scores found for a scorer, at its output folder `path`.
 
     Raises ConfigError when there is no such work, or it knows no such scorer.
     """

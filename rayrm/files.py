@@ -77,6 +77,13 @@ def read_json(path: str) -> Any:
         raise ConfigError(f"'{path}' is not JSON: {error}.") from error
 
 
+def remove(path: str) -> None:
+    """Remove a file, where there is one."""
+    fs, inner = filesystem(path)
+    if fs.exists(inner):
+        fs.rm(inner)
+
+
 def digest(value: Any) -> str:
     """Sixteen hex digits that stand for a JSON value."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)

@@ -1,4 +1,4 @@
-"""Mean and spread of scores and lengths by hand, and compositions that read them."""
+"""Mean and spread of scores by hand, and compositions that read them."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -7,7 +7,7 @@ import pytest
 from jobs.calibrate_scores import main
 from rayrm import files
 from rayrm.composing import read_constants, with_constants
-from rayrm.errors import ConfigError, EvaluationError, OutputExistsError, SchemaError
+from rayrm.errors import EvaluationError, OutputExistsError, SchemaError
 from rayrm.evaluation.scores import measure_scores
 from rayrm.rewarding import RewardingConfig
 from rayrm.scoring.reward_model import Spread
@@ -41,15 +41,11 @@ ROWS = [
 
 def test_mean_and_spread_by_hand():
     found = measure_scores([scored(*ROWS[:1]), scored(*ROWS[1:])], "rows")
-    # Lengths 1, 3, 2, 2, 7: mean 3, squared distances 4, 0, 1, 1, 16.
-    length = found.scores["length"]
-    assert (length.mean, length.std, length.num, length.rows) == (3.0, pytest.approx(4.4**0.5), 5, "rows")
-    assert length.languages == {"en-de": Spread(mean=2.0, std=1.0, num=2)}
     h, g = found.scores["h"], found.scores["g"]
     assert (h.mean, h.std, h.num) == (2.0, pytest.approx(0.5**0.5), 4)
     assert h.languages == {"en-de": Spread(mean=2.0, std=1.0, num=2)}
     assert (g.mean, g.std, g.num) == (-1.0, pytest.approx(0.5**0.5), 4)
-    assert found.num_unscored == {"length": 0, "h": 1, "g": 1}
+    assert found.num_unscored == {"h": 1, "g": 1}
 
 
 @pytest.mark.parametrize("scores", [[None, None], [1.0, None], [0.1, 0.1]])
@@ -79,9 +75,9 @@ def test_job_writes_what_compositions_read(path, tmp_path, capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["h", "all", "4", "2.0000", "0.7071"] in lines and ["g", "en-de", "2", "-1.0000", "1.0000"] in lines
     done = files.read_json(f"{tmp_path}/calibration/run.json")
-    assert done["num_unscored"] == {"length": 0, "h": 1, "g": 1}
+    assert done["num_unscored"] == {"h": 1, "g": 1}
     assert done["scores"]["h"]["rows"] == done["inputs"]["input"] == files.fingerprint(path)
-    assert read_constants(f"{tmp_path}/calibration", "length") == (3.0, pytest.approx(4.4**0.5))
+    assert read_constants(f"{tmp_path}/calibration", "g") == (-1.0, pytest.approx(0.5**0.5))
     part = {"scorer": "h", "calibration": f"{tmp_path}/calibration"}
     config = RewardingConfig.model_validate({"composition": {"holistic": part}})
     found = with_constants(config.composition).holistic
@@ -108,6 +104,4 @@ def test_rows_without_scores_are_refused(tmp_path):
         run(table.set_column(table.column_names.index("scores"), "scores", pa.array([1.0, 2.0, 3.0])))
     with pytest.raises(SchemaError, match="The scores 'h' of '.*' are list<.*string>"):
         run(scored(("en", "de", ["a"], {"h": ["good"]})))
-    with pytest.raises(ConfigError, match="has a scorer 'length'"):
-        run(scored(("en", "de", ["a"], {"length": [1.0]})))
     assert not (tmp_path / "out").exists()

@@ -8,14 +8,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from rayrm.config import build_config
-from rayrm.errors import CheckpointError, ConfigError, RayRMError
+from rayrm.errors import CheckpointError, ConfigError, RayRMError, SchemaError, ServiceError
 from rayrm.models.creation import CreationConfig, create_model
 from rayrm.models.vllm import EngineConfig
 from rayrm.scoring.grammar import GrammarScorer
 from rayrm.training.ppo.experience import compute_advantages
+from rayrm.training.ppo.metrics import merge_records
+from rayrm.training.ppo.scorers import check_revision
 from rayrm.training.ppo.settings import RewardedJob
 
 SIZES = CreationConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, max_length=64)
@@ -285,7 +293,7 @@ def test_with_overlap_the_ratio_is_taken_against_the_weights_that_drew(data, tmp
     assert max(record["update_kl"] for record in plain.history) < 1e-9
 
 
-@pytest.mark.parametrize(("zero_stage", "lora"), [(2, None), (3, None), (3, {"r": 4}), (0, {"r": 4})])
+@pytest.mark.parametrize(("zero_stage", "lora"), [(1, None), (2, {"r": 4}), (3, None), (3, {"r": 4})])
 def test_every_way_to_share_the_work_takes_the_same_steps(data, tmp_path, alone, zero_stage, lora):
     values = {"max_steps": 3, "overlap": True, "lora": lora, "kl": {"coefficient": 0.3}}
     wanted = start(make_job(data, tmp_path / "one", **values))
@@ -335,6 +343,53 @@ def test_every_kind_learns_to_earn_more(data, tmp_path, alone, kind):
     rewards = [record["reward"] for record in trainer.history]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:3]) / 3 + 0.1
     assert ("value_loss" in trainer.history[0]) == (kind == "ppo")
+
+
+def test_an_encoder_decoder_learns_from_the_policy_that_it_samples(data, tmp_path, alone):
+    """Dropout, which its checkpoint has, would make other probabilities of the same completion."""
+    tokenizer = AutoTokenizer.from_pretrained(f"{data}/policy")
+    torch.manual_seed(0)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "decoder_start_token_id": 0}
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2, "vocab_size": len(tokenizer)}
+    T5ForConditionalGeneration(T5Config(**sizes, **ends, dropout_rate=0.3)).save_pretrained(tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    job = make_job(data, tmp_path / "run", model=f"{tmp_path}/t5", max_steps=2, num_updates=1, num_mini_batches=1)
+    trainer = start(job)
+    finish(trainer)
+    assert max(record["drift/max"] for record in trainer.history) < 1e-4
+    assert max(record["update_kl"] for record in trainer.history) < 1e-9
+    assert trainer.history[1]["kl"] != 0
+    trainer.finish()
+    saved = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run" / "model")
+    assert saved.config.dropout_rate == 0.3
+    for name, tensor in saved.state_dict().items():
+        torch.testing.assert_close(tensor, trainer.learner.network.policy.state_dict()[name])
+
+
+def test_records_cover_all_steps_since_the_last_one():
+    steps = [
+        {"reward": 1.0, "drift/max": 3.0, "lr": 0.1, "left_out/empty": 0.5},
+        {"reward": 3.0, "drift/max": 1.0, "lr": 0.2},
+    ]
+    assert merge_records(steps) == {"reward": 2.0, "drift/max": 3.0, "lr": 0.2, "left_out/empty": 0.25}
+
+
+def test_without_a_reference_no_divergence_is_told(data, tmp_path, alone):
+    trainer = start(make_job(data, tmp_path / "run", max_steps=1, kl={"coefficient": 0}))
+    finish(trainer)
+    assert "kl" not in trainer.history[0] and "entropy" in trainer.history[0]
+
+
+def test_grpo_keeps_its_divergence_in_the_loss_whatever_it_costs(data, tmp_path):
+    kl = make_job(data, tmp_path, type="grpo", kl={"coefficient": 0.3}).training.kl
+    assert (kl.coefficient, kl.estimator, kl.part_of) == (0.3, "k3", "loss")
+
+
+def test_a_service_of_another_revision_is_refused():
+    check_revision("http", "b", None)
+    check_revision("http", "a", "a")
+    with pytest.raises(ServiceError, match="runs revision b of its model, and this run began with a; rewards of two"):
+        check_revision("http", "b", "a")
 
 
 def test_a_sample_without_a_score_is_left_out_and_counted(data, tmp_path, alone, monkeypatch):
@@ -394,19 +449,27 @@ def test_prompts_that_cannot_be_answered_are_dropped_and_counted(data, tmp_path,
     trainer = start(job)
     assert trainer.counts["dropped"] == {"empty_prompt": 1, "overlength": 1}
     assert len(trainer.rows) == NUM_ROWS - 2
+    pq.write_table(pa.Table.from_pylist(table[:2]), tmp_path / "in" / "prompts.parquet")
+    with pytest.raises(SchemaError, match="no prompt to train with; dropped were {'empty_prompt': 1, 'overlength': 1}"):
+        start(job)
+    pq.write_table(pa.Table.from_pylist([*table[2:], table[2]]), tmp_path / "in" / "prompts.parquet")
+    with pytest.raises(SchemaError, match="two rows with the id 'r2' and the language 'de'"):
+        start(job)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"type": "rloo", "sampling": {"num_candidates": 1}}, "compared with others of its prompt"),
-        ({"sampling": {"temperature": 0, "num_candidates": 1}}, "equal completions teach nothing"),
+        ({"type": "rloo", "sampling": {"num_candidates": 1, "max_tokens": 12}}, "compared with others of its prompt"),
+        ({"sampling": {"temperature": 0, "num_candidates": 1, "max_tokens": 12}}, "equal completions teach nothing"),
         ({"lora": {"dropout": 0.1}}, "lora.dropout"),
         ({"rewarding": {"holistic": {"scorer": "other"}}}, "grammar are no part of rewarding"),
         ({"too_short": {"then": "penalise"}}, "reward belongs to then=penalise"),
         ({"kl": {"part_of": "loss"}}, "the gradient of k1 in the loss is 0"),
         ({"kl": {"coefficient": 0, "target": 3}}, "cannot seek a target"),
-        ({"num_mini_batches": 9}, "num_mini_batches 9 is more"),
+        ({"num_mini_batches": 9}, "num_mini_batches 9 is more than the 8 parts"),
+        ({"num_mini_batches": 5, "shared_prefix": True}, "num_mini_batches 5 is more than the 4 parts"),
+        ({"max_length": 12}, "leaves no room for a prompt within max_length 12"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(data, tmp_path, values, message):

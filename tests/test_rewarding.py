@@ -168,9 +168,9 @@ def test_sentences_stand_at_their_ends_and_the_whole_at_the_end():
 
 
 def test_spans_are_shaped_one_by_one_and_no_span_is_zero():
-    values = composition(type="aspect_only", aspects=[part("g", unit="spans", shaping="sigmoid", weight=2)])
+    values = composition(type="aspect_only", aspects=[part("g", unit="spans", shaping="centred_sigmoid", weight=2)])
     found = compose("abcdef", {("g", "spans"): [Unit(0, 2, -1.0), Unit(4, 5, -1.0)]}, values)
-    assert found.points == [(2, pytest.approx(0.53788, abs=1e-5)), (5, pytest.approx(0.53788, abs=1e-5))]
+    assert found.points == [(2, pytest.approx(-0.46212, abs=1e-5)), (5, pytest.approx(-0.46212, abs=1e-5))]
     assert compose("abcdef", {("g", "spans"): []}, values) == ([], 0.0, {"g.spans": 0.0}, None)
 
 

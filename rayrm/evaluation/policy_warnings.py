@@ -53,7 +53,8 @@ def _changed_length(run: PolicyRun) -> str | None:
     return (
         f"The {main_reward(run)[0]} reward rose while completions went from {start:.1f} to {end:.1f} tokens: the scorers "
         f"may reward {'longer' if end > start else 'shorter'} texts as such. Compare the rewards by length; set a rule of "
-        "length, or the mean in the place of the sum for parts that are summed over sentences or spans."
+        "length, add the scorer `length`, or take the mean in the place of the sum for parts that are summed over "
+        "sentences."
     )
 
 

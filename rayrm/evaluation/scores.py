@@ -1,4 +1,4 @@
-"""Scored rows → how the scores of each scorer lie, and the lengths of the texts: constants of a composed reward."""
+"""Scored rows → how the scores of each scorer lie: constants of a composed reward."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import logging
 import math
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from rayrm.errors import ConfigError, EvaluationError, SchemaError
+from rayrm.errors import EvaluationError, SchemaError
 from rayrm.evaluation.report import Table
 from rayrm.rewarding import RewardingConfig, choose_scorer
 from rayrm.rows import Scored
@@ -20,9 +20,7 @@ from rayrm.scoring.reward_model import LANGUAGES, Calibration, Spread, language_
 from rayrm.shards import read_schemas
 
 log = logging.getLogger("rayrm")
-LENGTH = "length"
-"""What the lengths of the texts, in characters, are called beside the scorers."""
-COLUMNS = [*LANGUAGES, "candidates", "scores"]
+COLUMNS = [*LANGUAGES, "scores"]
 """Columns of Scored rows that are measured."""
 
 
@@ -30,13 +28,13 @@ class Measured(NamedTuple):
     """How scores lie."""
 
     scores: dict[str, Calibration]
-    """By scorer, and for `length`."""
+    """By scorer."""
     num_unscored: dict[str, int]
     """Texts without a finite score, by scorer."""
 
 
 def check_scores(path: str) -> None:
-    """Raise SchemaError or ConfigError unless the rows at `path` have scores, and none of a scorer named `length`."""
+    """Raise SchemaError unless the rows at `path` have scores."""
     Scored.check_files(path)
     for name, schema in read_schemas(path):
         kind = schema.field("scores").type
@@ -44,12 +42,10 @@ def check_scores(path: str) -> None:
             raise SchemaError(f"Column 'scores' of '{name}' is {kind}, and scores are a struct with a field a scorer.")
         for field in kind:
             choose_scorer(schema, RewardingConfig(scorer=field.name), f"'{name}'")
-            if field.name == LENGTH:
-                raise ConfigError(f"'{name}' has a scorer '{LENGTH}', which is what the lengths of texts are called.")
 
 
 def measure_scores(tables: Iterable[pa.Table], rows: str) -> Measured:
-    """Mean and standard deviation of the scores of each scorer and of the lengths, over all texts and by language.
+    """Mean and standard deviation of the scores of each scorer, over all texts and by language.
 
     `rows` is the fingerprint of the rows. Scores that are null or not finite are left out and counted; a language with
     fewer than two different ones has no numbers. Raises EvaluationError when all scores of a scorer are fewer than two,
@@ -60,7 +56,8 @@ def measure_scores(tables: Iterable[pa.Table], rows: str) -> Measured:
     for table in tables:
         for row in table.to_pylist():
             language = language_of(row)
-            for name, found in _read(row):
+            for name, listed in (row["scores"] or {}).items():
+                found = listed or []
                 scores = [score for score in found if score is not None and math.isfinite(score)]
                 values[name][language].extend(scores)
                 num_unscored[name] += len(found) - len(scores)
@@ -68,11 +65,6 @@ def measure_scores(tables: Iterable[pa.Table], rows: str) -> Measured:
         raise EvaluationError("There are no scores to measure; score the candidates first, by score_candidates.")
     calibrations = {name: _calibrate(name, own, num_unscored[name], rows) for name, own in values.items()}
     return Measured(calibrations, dict(num_unscored))
-
-
-def _read(row: Mapping[str, Any]) -> Iterator[tuple[str, list[float | None]]]:
-    yield LENGTH, [None if text is None else float(len(text)) for text in row["candidates"] or []]
-    yield from ((name, found or []) for name, found in (row["scores"] or {}).items())
 
 
 def _calibrate(name: str, values: Mapping[str, array[float]], num_unscored: int, rows: str) -> Calibration:

@@ -174,7 +174,7 @@ class ServiceScorer:
 
     def __init__(self, config: ServiceScoring) -> None:
         self.config = config
-        self.served = find_served(config)
+        self.served = find_served(config, config.timeout_s)
         self.compares = self.served.compares
 
     def score(self, rows: list[dict[str, Any]]) -> list[list[Outcome]]:

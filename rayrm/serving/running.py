@@ -69,8 +69,7 @@ def prepare_keys() -> None:
     """Make a key for the service and its clients, unless the environment has some; before Ray starts, whose workers
     have the environment that it is started in."""
     if KEYS not in os.environ:
-        os.environ[KEY] = secrets.token_hex(16)
-        os.environ[KEYS] = f"recipe={os.environ[KEY]}"
+        os.environ[KEYS] = f"recipe={os.environ.setdefault(KEY, secrets.token_hex(16))}"
 
 
 def _wait(address: str, server: subprocess.Popen[bytes], config: str, log_path: str) -> None:

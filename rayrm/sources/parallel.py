@@ -159,6 +159,8 @@ class Selection:
             return "no_source"
         if not (text.other or "").strip():
             return "no_reference" if is_direct else "no_anchor"
+        if self.references is not None and not self.pairs(text):
+            return "no_reference"
         pair = (text.lang, text.other_lang)
         key = _digest(*pair, text.source)
         if key in self._sources:

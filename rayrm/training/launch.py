@@ -6,19 +6,22 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from rayrm import cluster, files
+from rayrm import cluster, errors, files
 from rayrm.config import Config
-from rayrm.errors import CheckpointError, RayRMError
+from rayrm.errors import CheckpointError, RayRMError, ServiceError
 from rayrm.training.memory import MICRO_BATCH
 
 log = logging.getLogger("rayrm")
 STATE = "state"
 MODEL = "model"
+FAULT = "fault.json"
+"""File of a run whose workers have met what another attempt cannot mend."""
 MARK = f"{MODEL}/{files.CHECKPOINT_MARK}"
 """Where the completion mark of a checkpoint lies below a training run's output."""
 
@@ -105,13 +108,32 @@ def launch(
     cluster.require(workers.num_workers, workers.num_cpus, workers.num_gpus, what)
     from ray.train import TrainingFailedError
 
+    fault = files.join(output, FAULT)
     while True:
         before = files.read_json(files.join(output, MICRO_BATCH))
         try:
-            return dict(_trainer(loop, loop_config, output, workers).fit().return_value or {})
+            return dict(_trainer(partial(_tell, loop, fault), loop_config, output, workers).fit().return_value or {})
         except TrainingFailedError as error:
             if files.read_json(files.join(output, MICRO_BATCH)) == before:
                 raise CheckpointError(f"Training into '{output}' failed: {_root_cause(error)}") from error
+        finally:
+            files.remove(fault)
+
+
+def _tell(loop: Callable[[dict[str, Any]], Any], fault: str, loop_config: dict[str, Any]) -> Any:
+    """The loop, unless a former attempt of this run met what will be no better in the next one.
+
+    Ray Train starts a group of workers again whatever it failed with. A service that was away may be back.
+    """
+    told = files.read_json(fault)
+    if told is not None:
+        raise getattr(errors, told["type"])(told["message"])
+    try:
+        return loop(loop_config)
+    except RayRMError as error:
+        if not isinstance(error, ServiceError):
+            files.write_json(fault, {"type": type(error).__name__, "message": str(error)})
+        raise
 
 
 def _trainer(loop: Callable[..., Any], loop_config: dict[str, Any], output: str, workers: TrainingWorkers) -> Any:

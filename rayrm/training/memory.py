@@ -27,11 +27,15 @@ def halved_when_out_of_memory(output: str, micro_batch_size: int, rows_per_worke
     CheckpointError when a single row does not fit.
     """
     from accelerate.utils.memory import should_reduce_batch_size
+    from ray.exceptions import RayError
     from torch import OutOfMemoryError
 
     try:
         yield
     except RuntimeError as error:
+        # Other roles of a run have errors of theirs, which Ray gives the class of what was raised there.
+        if isinstance(error, RayError):
+            raise
         if not isinstance(error, OutOfMemoryError) and not should_reduce_batch_size(error):
             raise
         if micro_batch_size == 1:

@@ -25,7 +25,7 @@ COLUMNS = ["set", "id", "lang", "source", "reference", "candidates"]
 class CometConfig(Config):
     """A COMET model with references; most scores lie from 0 to 1."""
 
-    model: str = "Unbabel/wmt22-comet-da"
+    model: str = Field("Unbabel/wmt22-comet-da", json_schema_extra=INPUT)  # type: ignore[arg-type]
     """Hub id of a model, or the path of a `.ckpt` file that every node reads."""
     pip: list[str] = Field(["unbabel-comet==2.2.7", "transformers<5", "numpy<2"], min_length=1)
     """Packages of its environment, as pip takes them."""

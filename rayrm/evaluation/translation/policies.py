@@ -81,7 +81,7 @@ class Answers(NamedTuple):
     is_dropped: list[bool]
     """Rows that the policy could not answer, such as those too long for it."""
     scores: dict[str, Floats]
-    """Scorer to the mean score of each row's samples, NaN where none has one."""
+    """Scorer to the mean score of each row's samples, NaN where one of them has none."""
 
 
 def check_policy(policy: Policy, bleurt: BleurtScoring | None) -> None:
@@ -132,5 +132,7 @@ def _by_key(folder: str, columns: Sequence[str]) -> dict[tuple[str, str, str], d
 
 
 def _mean(scores: dict[str, list[float | None]]) -> float:
-    known = [score for own in scores.values() for score in own or () if score is not None]
-    return sum(known) / len(known) if known else float("nan")
+    """Of a row's samples; NaN unless all have a score, for those without are the bad ones."""
+    found = [score for own in scores.values() for score in own or ()]
+    known = [score for score in found if score is not None]
+    return sum(known) / len(known) if known and len(known) == len(found) else float("nan")

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, set_seed
 
+from rayrm.errors import ConfigError, SchemaError
 from rayrm.models.folders import load_tokenizer, local_model
 from rayrm.models.packing import make_packable
 from rayrm.models.rendering import Renderer
@@ -47,7 +48,7 @@ def make_engine(job: RewardedJob, template: str | None, micro_batch_size: int) -
     # While this object lives, transformers loads weights in ZeRO-3's parts.
     partitioned = HfDeepSpeedConfig(settings) if parallelism.zero_stage == 3 else None
     set_seed(training.seed)
-    policy = load_network(training, torch.bfloat16 if bf16 else torch.float32)
+    policy = load_network(training, torch.bfloat16 if bf16 else torch.float32, has_dropout=False)
     if partitioned is not None:
         unset_hf_deepspeed_config()
     if training.shared_prefix:
@@ -58,40 +59,55 @@ def make_engine(job: RewardedJob, template: str | None, micro_batch_size: int) -
     if parallelism.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
         policy.enable_input_require_grads()
-    for module in policy.modules():
-        # Every look at a completion must see the same policy.
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
     network = ActorCritic(policy, training.sampling.temperature, isinstance(training, PPO))
     engine, *_ = deepspeed.initialize(model=network, optimizer=training.optimizer(network), config=settings)
     return engine, Renderer(tokenizer, template)
 
 
-def load_network(training: RewardedTraining, dtype: torch.dtype) -> Any:
-    """The language model of `training.model`, decoder-only or encoder-decoder."""
+def load_network(training: RewardedTraining, dtype: torch.dtype, has_dropout: bool = True) -> Any:
+    """The language model of `training.model`, decoder-only or encoder-decoder.
+
+    Without dropout, every look at a completion sees the same policy. Raises ConfigError for a model that is told its
+    first token (`forced_bos_token_id`), which nobody draws.
+    """
     path = local_model(training.model)
-    kind = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(path).is_encoder_decoder else AutoModelForCausalLM
-    return kind.from_pretrained(path, dtype=dtype, attn_implementation=training.attn_implementation)
+    config = AutoConfig.from_pretrained(path)
+    own = config.get_text_config(decoder=True) if not config.is_encoder_decoder else config
+    for name, value in [] if has_dropout else list(own.to_dict().items()):
+        if "drop" in name and isinstance(value, float):
+            setattr(own, name, 0.0)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = kind.from_pretrained(path, config=config, dtype=dtype, attn_implementation=training.attn_implementation)
+    if getattr(model.generation_config, "forced_bos_token_id", None) is not None:
+        raise ConfigError(
+            f"'{training.model}' forces its first token (forced_bos_token_id), and it cannot be learned from."
+        )
+    return model
 
 
 def read_prompts(job: RewardedJob, renderer: Renderer) -> tuple[list[PromptRow], list[PromptRow], dict[str, Any]]:
     """The rows to train on, those held out (at most `eval_rows`), and how many there are and were dropped by reason.
 
     A prompt without a token is dropped as `empty_prompt`, one that leaves no room for `max_tokens` within `max_length`
-    as `overlength`.
+    as `overlength`. Raises SchemaError when none is left, or two rows have the same id and language.
     """
     training = job.training
+    seen: set[tuple[str, str]] = set()
     is_encoder = AutoConfig.from_pretrained(local_model(training.model)).is_encoder_decoder
     room = training.max_length - training.sampling.max_tokens
     found: dict[bool, list[PromptRow]] = {False: [], True: []}
     dropped: dict[str, int] = {}
     for table in iter_tables(job.input, None):
         for values in Prompt.conform(table).to_pylist():
-            prompt = values["prompt"]
+            prompt, key = values["prompt"], (values["id"], values["lang"])
+            if key in seen:
+                raise SchemaError(f"'{job.input}' has two rows with the id '{key[0]}' and the language '{key[1]}'.")
+            seen.add(key)
+            own = renderer.with_tools(values.get("tools"))
             if is_encoder:
-                ids = list(renderer.tokenizer(renderer.prompt_text(prompt))["input_ids"])
+                ids = list(renderer.tokenizer(own.prompt_text(prompt))["input_ids"])
             else:
-                ids = renderer.prompt_ids(prompt)
+                ids = own.prompt_ids(prompt)
             has_text = any((turn["content"] or "").strip() for turn in prompt)
             fault = "empty_prompt" if not (ids and has_text) else "overlength" if len(ids) > room else None
             if fault is not None:
@@ -100,6 +116,11 @@ def read_prompts(job: RewardedJob, renderer: Renderer) -> tuple[list[PromptRow],
             kept = {name: value for name, value in values.items() if name in (*READS, "id", "tools")}
             is_out = is_held_out(values["group"], training.held_out_fraction, training.seed)
             found[is_out].append(PromptRow(kept, ids))
+    for is_out in (False, *([True] if training.held_out_fraction else [])):
+        if not found[is_out]:
+            raise SchemaError(
+                f"'{job.input}' has no prompt to {'evaluate' if is_out else 'train'} with; dropped were {dropped or 'none'}."
+            )
     # Rows often stand in the order of their languages.
     found[True].sort(key=lambda row: seed_of(training.seed, row.values["id"], row.values["lang"]))
     counts = {"train": len(found[False]), "held_out": len(found[True]), "dropped": dropped}
@@ -114,7 +135,8 @@ def export_learned(policy: Any, training: RewardedTraining, renderer: Renderer, 
     dtype = next(iter(state.values())).dtype
     model = load_network(training, dtype)
     model.load_state_dict(state, strict=True)
-    model.generation_config.eos_token_id = end_ids(renderer)
+    if model.generation_config.eos_token_id is None:
+        model.generation_config.eos_token_id = end_ids(renderer)
     model.generation_config.pad_token_id = renderer.tokenizer.pad_token_id
 
     def write(folder: Path) -> None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rayrm.errors import CheckpointError
+from rayrm.models.completing import decoder_start
 from rayrm.training.batches import micro_batches
 from rayrm.training.ppo.experience import Experience, Sample, pad
 from rayrm.training.ppo.losses import clipped_policy_loss, clipped_value_loss, estimate_kl, token_weights
@@ -33,9 +34,10 @@ class Learner:
         self.micro_batch_size = micro_batch_size
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.network: ActorCritic = engine.module
-        config = self.network.policy.config
+        policy = self.network.policy
         self.pad_id = pad_id
-        self.start_id: int | None = config.decoder_start_token_id if config.is_encoder_decoder else None
+        self.start_id: int | None = decoder_start(policy) if policy.config.is_encoder_decoder else None
+        self.network.entropy_learns = training.entropy_coefficient > 0
         self.reference = Reference(self.network.policy) if training.kl.coefficient else None
         self.behaviour = Snapshot(self.network.policy) if training.overlap else None
         """The weights that the samplers have, where they are not those of now."""
@@ -65,7 +67,8 @@ class Learner:
         groups: dict[int, list[int]] = {}
         for row in rows:
             groups.setdefault(samples[row].row, []).append(row)
-        return list(groups.values())
+        size = self.micro_batch_size
+        return [group[first : first + size] for group in groups.values() for first in range(0, len(group), size)]
 
     @torch.no_grad()
     def judge(self, samples: Sequence[Sample], weights: AbstractContextManager[Any] | None = None) -> Tensor:

@@ -27,7 +27,7 @@ from rayrm.training.ppo.collecting import Collected, Collector
 from rayrm.training.ppo.engine import export_learned, make_engine, read_prompts
 from rayrm.training.ppo.experience import Experience, Sample, compute_advantages, record_of
 from rayrm.training.ppo.learner import Learner
-from rayrm.training.ppo.metrics import describe_experience, describe_samples
+from rayrm.training.ppo.metrics import describe_experience, describe_samples, merge_records
 from rayrm.training.ppo.rollouts import RolloutPool
 from rayrm.training.ppo.scorers import ScorerPool
 from rayrm.training.ppo.settings import RewardedJob
@@ -73,6 +73,8 @@ class RewardedTrainer:
         self.coefficient = self.training.kl.coefficient
         """What a nat of divergence costs now."""
         self.history: list[dict[str, float]] = []
+        self.since: list[dict[str, float]] = []
+        """What was measured in the steps since the last record."""
         self.served: dict[str, str | None] = {}
         """Revisions of the models that services among the scorers run."""
         self.ahead: Experience | None = None
@@ -110,8 +112,10 @@ class RewardedTrainer:
             record |= {"seconds/learn": learned - began, "step_s": time.monotonic() - began}
             if not self.training.overlap:
                 record["step_s"] += record["seconds/wait"] + record["seconds/prepare"]
+            self.since.append(record)
             if self.step % job.log_steps == 0 or is_last:
-                tracker.log(self.record(record), self.step)
+                tracker.log(self.record(merge_records(self.since)), self.step)
+                self.since = []
             if self.held_out and (self.step % self.training.eval_steps == 0 or is_last):
                 tracker.log(self.evaluate(), self.step)
             if bar is not None:
@@ -184,7 +188,8 @@ class RewardedTrainer:
         for group in self.learner.engine.optimizer.param_groups:
             group["lr"] = lr
         found = describe_samples(samples)
-        found |= describe_experience(experience, None if returns is None else returns.cpu().numpy())
+        told = None if returns is None else returns.cpu().numpy()
+        found |= describe_experience(experience, told, self.learner.reference is not None)
         found |= self.learner.learn(experience, advantages, returns, self.step, self.coefficient)
         found |= {"lr": lr, "kl_coefficient": self.coefficient, "seconds/push": self.push_s}
         found |= {"seconds/wait": self.wait_s, "seconds/prepare": self.prepare_s}
@@ -192,7 +197,8 @@ class RewardedTrainer:
         norm = self.learner.engine.get_global_grad_norm()
         if norm is not None:
             found["grad_norm"] = float(norm)
-        self.coefficient = self.training.kl.adapt(self.coefficient, found["kl"], len(experience.samples))
+        if "kl" in found:
+            self.coefficient = self.training.kl.adapt(self.coefficient, found["kl"], len(experience.samples))
         self.step += 1
         if self.rank == 0:
             write_samples(self.job.output, f"step-{self.step:06d}", samples)
@@ -221,11 +227,13 @@ class RewardedTrainer:
         """Report the state of this step to Ray Train: every worker the files that it wrote."""
         from ray import train
 
+        if self.rank == 0:
+            write_curves(self.history, self.job.output)
         with TemporaryDirectory() as folder:
             self.learner.engine.save_checkpoint(folder, tag=ENGINE)
             if self.rank == 0:
                 progress = {"step": self.step, "coefficient": self.coefficient, "served": self.served}
-                progress["history"] = self.history
+                progress |= {"history": self.history, "since": self.since}
                 (Path(folder) / PROGRESS).write_text(json.dumps(progress))
                 (Path(folder) / WORLD).write_text(json.dumps({"num_workers": dist.get_world_size()}))
                 if ahead is not None:
@@ -240,7 +248,7 @@ class RewardedTrainer:
         if found is None:
             raise CheckpointError(f"The state of step {progress['step']} in '{folder}' is incomplete; remove it.")
         self.step, self.coefficient = progress["step"], progress["coefficient"]
-        self.history, self.served = progress["history"], progress["served"]
+        self.history, self.since, self.served = progress["history"], progress["since"], progress["served"]
         if (Path(folder) / AHEAD).exists():
             # A run's own file, which holds lists of samples beside tensors.
             self.collected, self.ahead = torch.load(

@@ -24,8 +24,10 @@ def clipped_policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, clip:
     return torch.maximum(free, bound), (bound > free).to(logprobs.dtype)
 
 
-def clipped_value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """½·max((V − R)², (clip(V, V_old ± ε) − R)²), and, 0 or 1, whether the clip decided."""
+def clipped_value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:
+    """½·max((V − R)², (clip(V, V_old ± ε) − R)²), and, 0 or 1, whether the clip decided; ½·(V − R)² without a clip."""
+    if clip is None:
+        return 0.5 * (values - returns).square(), torch.zeros_like(values)
     bound = torch.minimum(torch.maximum(values, old - clip), old + clip)
     free_loss, bound_loss = (values - returns).square(), (bound - returns).square()
     return 0.5 * torch.maximum(free_loss, bound_loss), (bound_loss > free_loss).to(values.dtype)

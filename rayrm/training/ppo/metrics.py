@@ -41,13 +41,13 @@ def describe_samples(samples: Sequence[Sample]) -> dict[str, float]:
     return found | ({"gate_open_fraction": _mean(gates)} if gates else {})
 
 
-def describe_experience(experience: Experience, returns: np.ndarray | None) -> dict[str, float]:
+def describe_experience(experience: Experience, returns: np.ndarray | None, has_reference: bool) -> dict[str, float]:
     """Divergence in nats a completion, entropy in nats a token, drift between sampler and learner, and the critic."""
     mask = experience.mask.cpu().numpy().astype(bool)
     gap = (experience.old - experience.ref).cpu().numpy()
     drift = experience.drift().cpu().numpy()
-    found = {
-        "kl": float((gap * mask).sum(1).mean()),
+    found = {"kl": float((gap * mask).sum(1).mean())} if has_reference else {}
+    found |= {
         "entropy": float(experience.entropy.cpu().numpy()[mask].mean()),
         "drift": float(drift[mask].mean()),
         "drift/max": float(drift[mask].max()),
@@ -67,3 +67,18 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
 
 def _mean(values: Sequence[float] | Sequence[bool]) -> float:
     return float(np.mean(values)) if values else 0.0
+
+
+def merge_records(records: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over steps; maxima of what ends in `/max`, the last of `lr` and `kl_coefficient`, and what was left out for
+    a reason counts as 0 in a step that does not name it."""
+    merged = {}
+    for name in dict.fromkeys(name for record in records for name in record):
+        values = [record[name] for record in records if name in record]
+        if name in ("lr", "kl_coefficient"):
+            merged[name] = values[-1]
+        elif name.endswith("/max"):
+            merged[name] = max(values)
+        else:
+            merged[name] = sum(values) / (len(records) if name.startswith("left_out/") else len(values))
+    return merged

@@ -40,9 +40,11 @@ class ActorCritic(nn.Module):
         if has_critic:
             shape = getattr(output.weight, "ds_shape", output.weight.shape)
             # Zero, so that the first advantages are the rewards themselves.
-            self.value_head = nn.Linear(shape[1], 1, dtype=output.weight.dtype)
+            self.value_head = ValueHead(shape[1], 1, dtype=output.weight.dtype)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
+        self.entropy_learns = False
+        """Whether the entropy bears a gradient, which costs memory for two more tensors as wide as the vocabulary."""
         self.values_alone = False
         """Whether only the value head is to learn: values then bear no gradient for what they are read from."""
         self._places: Tensor | None = None
@@ -68,12 +70,20 @@ class ActorCritic(nn.Module):
         finally:
             self._places = self._hidden = None
         logprobs = -nn.functional.cross_entropy(logits, targets, reduction="none")
-        found = (logprobs, entropy_of(logits))
+        found = (logprobs, entropy_of(logits if self.entropy_learns else logits.detach()))
         if self.value_head is None:
             return found
         assert hidden is not None
         read = hidden[0].detach() if self.values_alone else hidden[0]
-        return *found, self.value_head(read).squeeze(-1).float()
+        return *found, self.value_head(read).squeeze(-1)
+
+
+class ValueHead(nn.Linear):
+    """A linear layer that computes in fp32 whatever its weights are held in: values in bf16 are a mere hint."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """fp32 [tokens, 1]."""
+        return nn.functional.linear(hidden.float(), self.weight.float(), self.bias.float())
 
 
 class Batch(NamedTuple):

@@ -51,13 +51,13 @@ class ScorerPool:
         """What the services among them must run, by the scorer's name, once `pin` has been called."""
 
     def pin(self, known: dict[str, str | None]) -> dict[str, str | None]:
-        """Hold services to the revisions of `known`, or where it is empty to those of now; gives them.
+        """Hold services to the revisions of `known`, or where it has none to those of now; gives them.
 
         Raises ServiceError when a service runs another one.
         """
         services = [config for config in self.configs.values() if isinstance(config, ServiceScoring)]
-        found = {config.name: find_served(config).revision for config in services}
-        self.revisions = known or found
+        found = {config.name: find_served(config, config.timeout_s).revision for config in services}
+        self.revisions = found | {name: revision for name, revision in known.items() if revision is not None}
         for name, revision in found.items():
             check_revision(name, revision, self.revisions[name])
         return self.revisions

@@ -10,7 +10,7 @@ from rayrm.composing import Composition
 from rayrm.config import Config
 from rayrm.models.vllm import DecodingConfig
 from rayrm.scoring import Scoring
-from rayrm.training.ppo.kl import KLConfig
+from rayrm.training.ppo.kl import Estimator, KLConfig
 from rayrm.training.ppo.rollouts import RolloutConfig
 from rayrm.training.settings import Training, TrainingJob
 
@@ -101,8 +101,16 @@ class PolicyGradient(Training):
             raise ValueError("sampling.stop ends completions in a way that the policy cannot learn; leave it empty")
         if self.lora is not None and self.lora.dropout:
             raise ValueError("lora.dropout makes other probabilities at each look at a completion; set it to 0")
-        if self.sampling.num_candidates * self.global_batch_size < self.num_mini_batches:
-            raise ValueError(f"num_mini_batches {self.num_mini_batches} is more than a step has completions")
+        num = self.global_batch_size * (1 if self.shared_prefix else self.sampling.num_candidates)
+        if num < self.num_mini_batches:
+            raise ValueError(f"num_mini_batches {self.num_mini_batches} is more than the {num} parts that a step has")
+        if self.shared_prefix and self.attn_implementation is not None:
+            raise ValueError(f"shared_prefix has an attention of its own; leave out {self.attn_implementation}")
+        if self.sampling.max_tokens >= self.max_length:
+            raise ValueError(
+                f"sampling.max_tokens {self.sampling.max_tokens} leaves no room for a prompt within max_length "
+                f"{self.max_length}"
+            )
         return self
 
     @property
@@ -129,12 +137,24 @@ class PPO(PolicyGradient):
     """What a reward counts one token earlier."""
     lam: float = Field(0.95, ge=0, le=1)
     """λ of GAE: 1 trusts the rewards alone, 0 the values of the next token alone."""
-    value_clip_range: float = Field(0.2, gt=0)
-    """How far a value may move from that of the beginning of the step before its gradient ends."""
+    value_clip_range: float | None = Field(None, gt=0)
+    """How far a value may move from that of the beginning of the step before its gradient ends, in units of the reward;
+    null for any distance."""
     value_coefficient: float = Field(0.1, gt=0)
     """Weight of the loss of values."""
     value_warmup_steps: int = Field(0, ge=0)
     """First steps in which only the values are learned: a new value head says nothing of use."""
+
+
+class LossKLConfig(KLConfig):
+    """The same, with GRPO's defaults."""
+
+    coefficient: float = Field(0.04, ge=0)
+    """What one nat costs, in units of the reward; with a target, at the start. 0 turns the reference off."""
+    estimator: Estimator = "k3"
+    """What a drawn token tells of the divergence: k1 the log-ratio, k2 half its square, k3 exp(−d) − 1 + d, abs |d|."""
+    part_of: Literal["reward", "loss"] = "loss"
+    """Whether each token's cost is taken from its reward, or added to the loss, with a gradient of its own."""
 
 
 class CriticFree(PolicyGradient):
@@ -166,7 +186,7 @@ class GRPO(CriticFree):
     """What kind of training this is."""
     reduction: Reduction = "sequence_mean"
     """How the losses of tokens make that of a batch."""
-    kl: KLConfig = KLConfig(coefficient=0.04, estimator="k3", part_of="loss")
+    kl: LossKLConfig = LossKLConfig()
     """What keeps the policy near the model that it started from."""
     scale_by_deviation: bool = True
     """Divide by the standard deviation of a prompt's rewards."""
