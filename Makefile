@@ -39,6 +39,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/bleurt.py
 	$(BIN)/python benchmarks/judging.py
 	$(BIN)/python benchmarks/pairing.py
+	$(BIN)/python benchmarks/ppo.py
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/scoring.py
 	$(BIN)/python benchmarks/ray_data.py
