@@ -36,7 +36,8 @@ from rayrm.training.ppo import loop
 from rayrm.training.ppo.rollouts import RolloutConfig, RolloutPool
 from rayrm.training.ppo.settings import RewardedJob
 
-WORDS = "a red house stands near the old river where two small dogs run across wet grass while children play".split()
+TEXT = "a red house stands near the old river where two small dogs run across wet grass while children play"
+WORDS = TEXT.split()
 SIZES = CreationConfig(
     vocab_size=4096, hidden_size=256, intermediate_size=688, num_layers=4, num_heads=4, max_length=256
 )
@@ -138,7 +139,7 @@ def main() -> None:
     prepare_worker(2, use_gpu=False)
     os.environ["LOCAL_RANK"] = "0"
     with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         make_policy(f"{folder}/policy")
         make_reward_model(f"{folder}/policy", f"{folder}/reward_model")
         make_rows(config.num_prompts * (config.num_steps + 1), f"{folder}/rows.parquet")
@@ -162,7 +163,7 @@ def compare_samplers(config: PPOBenchmark, model: str) -> None:
     texts = make_texts(config.num_prompts)
     prompts = [tokenizer(direct_prompt(text, "en", "de"))["input_ids"] for text in texts]
     decoding = DecodingConfig(num_candidates=config.num_candidates, max_tokens=config.max_tokens)
-    engines = {
+    engines: dict[str, Any] = {
         "vLLM": Engine(model, EngineConfig(kv_cache_gib=0.5), 2, with_logprobs=True),
         "transformers.generate": GenerateEngine(model),
     }
@@ -187,7 +188,7 @@ def compare_samplers(config: PPOBenchmark, model: str) -> None:
 
 def run_steps(config: PPOBenchmark, folder: str, pool: Callable[..., Any], **training: Any) -> list[dict[str, float]]:
     """The records of real steps, all but the first."""
-    loop.RolloutPool = pool  # type: ignore[misc,assignment]
+    vars(loop)["RolloutPool"] = pool
     with tempfile.TemporaryDirectory() as output:
         values = {
             "input": f"{folder}/rows.parquet",
