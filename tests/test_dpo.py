@@ -260,6 +260,7 @@ def test_each_training_names_the_rows_that_it_needs(data, tmp_path):
 # Ray Train.
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_two_workers_under_zero_3_train_like_one(data, tmp_path, run, ray_cluster):  # noqa: F811
     settings = {**PAIRS, "max_steps": 4, "sft_weight": 1.0, "held_out_fraction": 0.25, "precompute_reference": True}

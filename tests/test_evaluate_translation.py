@@ -219,6 +219,7 @@ def test_two_policies_are_compared_and_nothing_is_done_twice(policy, translated,
         evaluate_translation.main([*given, "policies.1.max_tokens=5"])
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.ray
 def test_samples_of_a_real_policy_are_measured_one_by_one(policy, bleurt, ray_cluster, tmp_path, monkeypatch):

@@ -356,6 +356,7 @@ def words_of(values, prefix=""):
     return words
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_two_workers_under_zero_3(data, tmp_path, ray_cluster):
     words = words_of(values_of(data, tmp_path / "run", workers=2, zero_stage=3, max_steps=4, held_out_fraction=0.2))
@@ -390,6 +391,7 @@ def exhausted_loop(config):
     return sft.train_loop(config)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_micro_batch_is_halved_when_memory_runs_out(data, tmp_path, ray_cluster, monkeypatch):
     from rayrm.training import policy
