@@ -41,7 +41,10 @@ def words(prompts, output, overlap, *more):
         f"training.model={prompts}/policy",
         "training.chat_template=none",
         "training.max_length=64",
-        "training.lr=1e-3",
+        "training.lr=1e-4",
+        # A policy that says nothing at all would leave nothing to learn from.
+        "training.too_short.then=penalise",
+        "training.too_short.reward=-0.5",
         "training.global_batch_size=4",
         "training.micro_batch_size=3",
         f"training.max_steps={NUM_STEPS}",
