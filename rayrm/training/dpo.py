@@ -14,18 +14,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
-from datasets.table import InMemoryTable
 from jinja2 import TemplateError
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from rayrm.errors import SchemaError
 from rayrm.models.rendering import Renderer
 from rayrm.shards import read_table
 from rayrm.sources.validation import is_in_order
 from rayrm.splits import is_held_out
+from rayrm.training.examples import to_datasets
 from rayrm.training.objectives.base import check_pair
 from rayrm.training.policy import PreferenceOptimization
 from rayrm.training.policy_model import load_policy
@@ -190,23 +189,7 @@ def read_pairs(
             tables.append(_to_table(taken))
         reasons.update(text for text in texts if isinstance(text, str))
         reasons.update(status for _, status in encoded if status != "ok")
-    train, held_out = (pa.concat_tables(tables) for tables in parts.values())
-    num_truncated = reasons.pop("truncated", 0)
-    counts = {
-        "read": table.num_rows,
-        "trained": train.num_rows,
-        "held_out": held_out.num_rows,
-        "truncated": num_truncated,
-        "dropped": dict(sorted(reasons.items())),
-    }
-    if not train.num_rows:
-        raise SchemaError(f"No row of '{path}' is left to train on: {counts}.")
-    if held_out_fraction and not held_out.num_rows:
-        raise SchemaError(
-            f"held_out_fraction {held_out_fraction:g} holds out no row of '{path}' that can be used ({counts}); "
-            "raise it, or set it to 0."
-        )
-    return _to_dataset(train, "train"), _to_dataset(held_out, "held_out") if held_out.num_rows else None, counts
+    return to_datasets(parts, reasons, table.num_rows, held_out_fraction, path)
 
 
 def render_pair(row: dict[str, Any], renderer: Renderer) -> Texts | str:
@@ -261,8 +244,3 @@ def _to_table(pairs: list[list[list[int]]]) -> pa.Table:
     columns = zip(*pairs, strict=True) if pairs else [()] * len(COLUMNS)
     kind = pa.list_(pa.int32())
     return pa.table({name: pa.array(ids, kind) for name, ids in zip(COLUMNS, columns, strict=True)})
-
-
-def _to_dataset(table: pa.Table, name: str) -> Dataset:
-    # With a fingerprint of our own, datasets does not hash every row for one.
-    return Dataset(InMemoryTable(table.combine_chunks()), fingerprint=name)

@@ -41,10 +41,20 @@ def read_examples(
         for side, tables in parts.items():
             tables.append(_to_table([r for r, h in zip(rendered, held, strict=True) if h == side and r.ids]))
         reasons.update(r.status for r in rendered if r.status != "ok")
+    return to_datasets(parts, reasons, table.num_rows, held_out_fraction, path)
+
+
+def to_datasets(
+    parts: dict[bool, list[pa.Table]], reasons: Counter[str], num_read: int, held_out_fraction: float, path: str
+) -> tuple[Dataset, Dataset | None, dict[str, Any]]:
+    """The rows to train on (`parts[False]`), those held out, if any, and the counts; `truncated` rows are no dropped ones.
+
+    Raises SchemaError when no row is left on a side that needs some.
+    """
     train, held_out = (pa.concat_tables(tables) for tables in parts.values())
     num_truncated = reasons.pop("truncated", 0)
     counts = {
-        "read": table.num_rows,
+        "read": num_read,
         "trained": train.num_rows,
         "held_out": held_out.num_rows,
         "truncated": num_truncated,
