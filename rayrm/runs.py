@@ -142,13 +142,22 @@ def abandon_run(config: Any) -> None:
     fs.rm(inner)
 
 
+_MARKS = (files.RUN_MARK, files.CHECKPOINT_MARK)
+
+
 def _is_finished(path: str) -> bool:
-    """False for what a run has begun and not marked complete; true for everything that is no run's."""
-    folders = [path.rstrip("/"), path.rstrip("/").rpartition("/")[0]]
-    if not any(folder and files.exists(files.join(folder, STARTED)) for folder in folders):
-        return True
-    marks = (files.RUN_MARK, files.CHECKPOINT_MARK)
-    return any(folder and files.exists(files.join(folder, mark)) for folder in folders for mark in marks)
+    """False for what a run has begun and not marked complete, also one of several in a folder; else true."""
+    fs, inner = files.filesystem(path)
+    below = [fs.unstrip_protocol(name) for name in fs.ls(inner, detail=False)] if fs.isdir(inner) else []
+    own = path.rstrip("/")
+    marked = [folder for folder in (own, own.rpartition("/")[0]) if folder and _has(folder, STARTED)]
+    if marked and not any(_has(folder, *_MARKS) for folder in marked):
+        return False
+    return all(_has(folder, *_MARKS) for folder in below if _has(folder, STARTED))
+
+
+def _has(folder: str, *names: str) -> bool:
+    return any(files.exists(files.join(folder, name)) for name in names)
 
 
 def finish_run(config: Any, facts: dict[str, Any], mark: str = files.RUN_MARK) -> dict[str, Any]:

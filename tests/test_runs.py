@@ -271,6 +271,8 @@ def test_an_unfinished_run_or_the_output_itself_is_no_input(folder):
     pq.write_table(prompts(5), folder / "half" / "shard-00000-of-00002.parquet")
     with pytest.raises(ConfigError, match="a run that has not finished"):
         transform_rows(RowsJob(input=str(folder / "half"), output=str(folder / "o")), Prompt, Prompt, lambda rows: rows)
+    with pytest.raises(ConfigError, match="a run that has not finished"):
+        transform_rows(RowsJob(input=str(folder), output=f"{folder}-all"), Prompt, Prompt, lambda rows: rows)
     with pytest.raises(ConfigError, match="a run never writes where it reads"):
         same = str(folder / "rows.parquet")
         transform_rows(RowsJob(input=same, output=same), Prompt, Prompt, lambda rows: rows)

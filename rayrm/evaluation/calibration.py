@@ -6,7 +6,6 @@ import logging
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,13 +14,13 @@ from rayrm import files
 from rayrm.errors import CheckpointError, ConfigError, EvaluationError
 from rayrm.evaluation.report import Table
 from rayrm.evaluation.rewarding import RewardingJob, find_split
+from rayrm.evaluation.scores import measure_spread
 from rayrm.models.folders import read_mark
 from rayrm.rows import Preference
 from rayrm.scoring.reward_model import (
     LANGUAGES,
     Calibration,
     RewardModelScoring,
-    Spread,
     check_gives_rewards,
     check_reward_model,
     language_of,
@@ -76,8 +75,8 @@ def measure_calibration(tables: Iterable[pa.Table], rows: str) -> tuple[Calibrat
             found = [row[side] for side in SIDES if row[side] is not None]
             num_unscored += len(SIDES) - len(found)
             rewards[language_of(row)].extend(found)
-    spreads = {language: _measure(np.array(rewards[language])) for language in sorted(rewards)}
-    overall = _measure(np.concatenate([np.array(values) for values in rewards.values()] or [np.zeros(0)]))
+    spreads = {language: measure_spread(np.array(rewards[language])) for language in sorted(rewards)}
+    overall = measure_spread(np.concatenate([np.array(values) for values in rewards.values()] or [np.zeros(0)]))
     if overall is None:
         num = sum(map(len, rewards.values()))
         raise EvaluationError(
@@ -88,12 +87,6 @@ def measure_calibration(tables: Iterable[pa.Table], rows: str) -> tuple[Calibrat
         log.warning("no calibration for %s: no two rewards differ", ", ".join(unmeasured))
     languages = {language: spread for language, spread in spreads.items() if spread is not None}
     return Calibration(**overall.model_dump(), languages=languages, rows=rows), num_unscored
-
-
-def _measure(values: np.ndarray[Any, np.dtype[np.float64]]) -> Spread | None:
-    if not values.size or values.min() == values.max():
-        return None
-    return Spread(mean=float(values.mean()), std=float(values.std()), num=values.size)
 
 
 def store_calibration(model: str, calibration: Calibration) -> None:
