@@ -324,6 +324,22 @@ def test_while_values_warm_up_the_policy_stays_as_it_was(data, tmp_path, alone):
     assert trainer.history[1]["update_kl"] < 1e-9 and trainer.history[1]["explained_variance"] != 0
 
 
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_the_value_head_has_a_rate_of_its_own_also_after_a_resume(data, tmp_path, alone, zero_stage):
+    def rates(trainer):
+        engine = trainer.learner.engine
+        return sorted({group["lr"] for group in engine.optimizer.param_groups})
+
+    values = {"max_steps": 3, "schedule": "linear", "value_lr": 0.05}
+    job = make_job(data, tmp_path / "run", zero_stage=zero_stage, save_steps=2, **values)
+    finish(start(job))
+    resumed = start(job)
+    resumed.load(str(tmp_path / "step-2"))
+    finish(resumed)
+    assert 0 < resumed.history[-1]["lr"] < 1e-3
+    assert rates(resumed) == [pytest.approx(resumed.history[-1]["lr"]), 0.05]
+
+
 @pytest.mark.parametrize("kind", ["ppo", "rloo", "grpo"])
 def test_every_kind_learns_to_earn_more(data, tmp_path, alone, kind):
     """Fewer errors means shorter completions here, which a random policy finds soon."""

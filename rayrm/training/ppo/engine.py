@@ -26,6 +26,9 @@ from rayrm.training.ppo.network import ActorCritic
 from rayrm.training.ppo.settings import PPO, RewardedJob, RewardedTraining
 from rayrm.training.ppo.weights import sampler_state
 
+OWN_LR = "own_lr"
+"""Marks the optimizer's groups that do not follow the schedule."""
+
 
 def make_engine(job: RewardedJob, template: str | None, micro_batch_size: int) -> tuple[Any, Renderer]:
     """DeepSpeed's engine around an `ActorCritic` of `job.training.model`, and the policy's renderer."""
@@ -60,7 +63,12 @@ def make_engine(job: RewardedJob, template: str | None, micro_batch_size: int) -
         policy.gradient_checkpointing_enable({"use_reentrant": False})
         policy.enable_input_require_grads()
     network = ActorCritic(policy, training.sampling.temperature, isinstance(training, PPO))
-    engine, *_ = deepspeed.initialize(model=network, optimizer=training.optimizer(network), config=settings)
+    optimizer = training.optimizer(policy)
+    if isinstance(training, PPO):
+        assert network.value_head is not None
+        head = {"params": list(network.value_head.parameters()), "lr": training.value_lr, "weight_decay": 0.0}
+        optimizer.add_param_group({**head, OWN_LR: True})
+    engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=settings)
     return engine, Renderer(tokenizer, template)
 
 

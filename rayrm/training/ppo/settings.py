@@ -141,7 +141,10 @@ class PPO(PolicyGradient):
     """How far a value may move from that of the beginning of the step before its gradient ends, in units of the reward;
     null for any distance."""
     value_coefficient: float = Field(0.1, gt=0)
-    """Weight of the loss of values."""
+    """Weight of the loss of values; what the layers below the value head are moved by it."""
+    value_lr: float = Field(1e-3, gt=0)
+    """Learning rate of the value head, the same in all steps: it is new, and follows rewards of any size, so `lr` would
+    be far too low for it."""
     value_warmup_steps: int = Field(0, ge=0)
     """First steps in which only the values are learned: a new value head says nothing of use."""
 
