@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from rayrm import files
 from rayrm.config import build_config
 from rayrm.models.folders import check_safetensors, read_mark
 from rayrm.models.packing import common_length
@@ -54,7 +55,7 @@ class RewardReplica:
         stored = mark.get("calibration")
         self.calibration = None if stored is None else build_config(Calibration, stored, config.model)
         self.is_verified = "digest" in mark
-        self.revision = mark.get("digest") or hashlib.blake2b(config.model.encode(), digest_size=8).hexdigest()
+        self.revision = files.fingerprint(config.model).partition(":")[2]
         length = min(WARM_TOKENS, renderer.max_length or WARM_TOKENS)
         warm = Item(None, [self.rewarder.blank(length)], length)
         self.batcher = make_batcher(config, self._run, warm, is_padded=not self.rewarder.is_packed)
