@@ -150,8 +150,8 @@ def _is_finished(path: str) -> bool:
     fs, inner = files.filesystem(path)
     below = [fs.unstrip_protocol(name) for name in fs.ls(inner, detail=False)] if fs.isdir(inner) else []
     own = path.rstrip("/")
-    marked = [folder for folder in (own, own.rpartition("/")[0]) if folder and _has(folder, STARTED)]
-    if marked and not any(_has(folder, *_MARKS) for folder in marked):
+    folders = [folder for folder in (own, own.rpartition("/")[0]) if folder]
+    if any(_has(folder, STARTED) for folder in folders) and not any(_has(folder, *_MARKS) for folder in folders):
         return False
     return all(_has(folder, *_MARKS) for folder in below if _has(folder, STARTED))
 
