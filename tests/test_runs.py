@@ -1,6 +1,7 @@
 """Runs: shards, completion, resume, counted drops."""
 
 import json
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -276,6 +277,13 @@ def test_an_unfinished_run_or_the_output_itself_is_no_input(folder):
     with pytest.raises(ConfigError, match="a run never writes where it reads"):
         same = str(folder / "rows.parquet")
         transform_rows(RowsJob(input=same, output=same), Prompt, Prompt, lambda rows: rows)
+
+
+def test_a_checkpoint_is_finished_when_it_says_so_itself(folder):
+    files.write_json(str(folder / "trained" / "started.json"), {})
+    files.write_json(str(folder / "trained" / "model" / "rayrm.json"), {"digest": "d"})
+    shutil.copy(folder / "rows.parquet", folder / "trained" / "model")
+    assert start_run(RowsJob(input=str(folder / "trained" / "model"), output=f"{folder}-out"))
 
 
 def test_a_shard_is_the_same_whatever_the_row_groups(folder):
