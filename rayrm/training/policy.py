@@ -115,6 +115,8 @@ class PolicyJob(TrainingJob):
 
     training: AnyPolicyTraining
     """What is trained, and how; sft when the type is left out."""
+    save_steps: int = Field(500, ge=1, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
+    """Steps between states to resume from; the last two stay. With rewards 20, since steps take longer."""
     hub_id: str | None = Field(None, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
     """Repository `owner/name` on the model hub that the finished model is pushed to; it is made private."""
 
@@ -122,6 +124,13 @@ class PolicyJob(TrainingJob):
     @classmethod
     def _is_finetuning(cls, value: Any) -> Any:
         return {"type": "sft", **value} if isinstance(value, dict) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _saves_long_steps(cls, values: Any) -> Any:
+        training = values.get("training") if isinstance(values, dict) else None
+        has_rewards = isinstance(training, dict) and training.get("type") in ("ppo", "rloo", "grpo")
+        return {"save_steps": 20, **values} if has_rewards else values
 
     @model_validator(mode="after")
     def _fits_together(self) -> PolicyJob:

@@ -62,7 +62,7 @@ class TensorBoardTracker:
     def __init__(self, output: str, settings: dict[str, Any], first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(files.join(output, LOGS), purge_step=first_step + 1 if first_step else None)
+        self.writer = SummaryWriter(files.join(output, LOGS), purge_step=first_step and first_step + 1)
         if not first_step:
             self.writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in settings.items()))
 
