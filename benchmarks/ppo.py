@@ -225,7 +225,7 @@ def run_steps(config: PPOBenchmark, folder: str, pool: Callable[..., Any], **tra
 
 
 def describe(name: str, records: list[dict[str, float]], ours: float) -> str:
-    """One line: a step's time against that of vLLM, its parts, and what share of it learner and sampler wait."""
+    """One line: a step's time against that of vLLM, its parts, and what share of it each role waits."""
 
     def median(key: str) -> float:
         return statistics.median(record[key] for record in records)
@@ -236,7 +236,10 @@ def describe(name: str, records: list[dict[str, float]], ours: float) -> str:
     )
     samples = median("num_samples") / step
     tokens = samples * median("completion_length")
-    waits = f"learner waits {median('seconds/wait') / step:.0%}, sampler {1 - median('seconds/draw') / step:.0%}"
+    idle = {"sampler": 1 - median("seconds/draw") / step, "scorer": 1 - median("seconds/scorers") / step}
+    waits = f"learner waits {median('seconds/wait') / step:.0%}, " + ", ".join(
+        f"{role} {share:.0%}" for role, share in idle.items()
+    )
     return (
         f"step by {name}: {step:.2f} s ({step / ours:.2f}× that of vLLM; {parts}); {waits}; {samples:.1f} samples/s, "
         f"{tokens:,.0f} tokens/s"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -47,6 +48,7 @@ class ScorerPool:
         self.configs = {config.name: config for config in scorers}
         self.failures_left = max_failures
         self.actors: dict[str, list[Any]] = {}
+        self.busy_s = 0.0
         self.revisions: dict[str, str | None] = {}
         """What the services among them must run, by the scorer's name, once `pin` has been called."""
 
@@ -83,7 +85,9 @@ class ScorerPool:
         for share in ticket.shares:
             while True:
                 try:
-                    answers.append(ray.get(share.answer))
+                    answer, seconds = ray.get(share.answer)
+                    answers.append(answer)
+                    self.busy_s += seconds
                     break
                 except RayError as error:
                     if told := find_told(error):
@@ -95,6 +99,11 @@ class ScorerPool:
         for place, answer in enumerate(answers):
             found[place :: len(answers)] = answer
         return found
+
+    def take_busy(self) -> float:
+        """Seconds for which an actor was at work since the last call, on average over all of them."""
+        busy, self.busy_s = self.busy_s, 0.0
+        return busy / max(1, sum(map(len, self.actors.values())))
 
     def close(self) -> None:
         """End all actors."""
@@ -139,9 +148,10 @@ class ScorerActor:
         if isinstance(config, ServiceScoring):
             check_revision(config.name, self.scorer.served.revision, revision)
 
-    def call(self, method: str, rows: list[dict[str, Any]]) -> list[Any]:
-        """What `method` of the scorer gives for the rows."""
-        return list(getattr(self.scorer, method)(rows))
+    def call(self, method: str, rows: list[dict[str, Any]]) -> tuple[list[Any], float]:
+        """What `method` of the scorer gives for the rows, and the seconds that it took."""
+        began = time.monotonic()
+        return list(getattr(self.scorer, method)(rows)), time.monotonic() - began
 
 
 def check_revision(name: str, found: str | None, wanted: str | None) -> None:
