@@ -59,6 +59,7 @@ def make_record(step, num_steps):
         "entropy": 2.0 - 0.8 * x + 0.02 * wave(step, 4),
         "drift": 1e-5 * (1.5 + 0.5 * wave(step, 5)),
         "drift/max": 4e-4 * (1.5 + 0.5 * wave(step, 6)),
+        "drift/limit": 0.05,
         "policy_loss": -0.01,
         "value_loss": 0.3 * math.exp(-2 * x) + 0.02,
         "loss": 0.02,
@@ -77,6 +78,7 @@ def make_record(step, num_steps):
         "num_samples": 250,
         "seconds/draw": 4.0,
         "seconds/score": 1.0,
+        "seconds/scorers": 2.5,
         "seconds/wait": 5.5,
         "seconds/prepare": 1.0,
         "seconds/learn": 3.0,
@@ -314,7 +316,7 @@ def test_seconds_of_a_step_are_told_once_and_who_waits(write):
     rows = tables["part of a step"]
     assert [row[2] for row in rows] == ["40.0%", "10.0%", "5.0%", "10.0%", "30.0%", "5.0%", "100.0%"]
     assert rows[0] == ["drawing", "4.00", "40.0%"] and rows[2] == ["waiting", "0.50", "5.0%"]
-    assert tables["who"] == [["learner", "55.0%"], ["samplers", "60.0%"], ["scorers", "90.0%"]]
+    assert tables["who"] == [["learner", "55.0%"], ["samplers", "60.0%"], ["scorers", "75.0%"]]
 
 
 def test_reasons_that_a_step_does_not_name_count_as_none(write):

@@ -21,8 +21,11 @@ from rayrm.errors import CheckpointError, ConfigError, RayRMError, SchemaError, 
 from rayrm.models.creation import CreationConfig, create_model
 from rayrm.models.vllm import EngineConfig
 from rayrm.scoring.grammar import GrammarScorer
-from rayrm.training.ppo.experience import compute_advantages
-from rayrm.training.ppo.metrics import merge_records
+from rayrm.training.launch import Parallelism
+from rayrm.training.ppo.collecting import Faults
+from rayrm.training.ppo.experience import Sample, compute_advantages
+from rayrm.training.ppo.loop import STEP_PARTS
+from rayrm.training.ppo.metrics import distinct_n, merge_records, words_of
 from rayrm.training.ppo.scorers import check_revision
 from rayrm.training.ppo.settings import RewardedJob
 
@@ -153,6 +156,9 @@ class Scorers:
     def result(self, ticket):
         return ticket
 
+    def take_busy(self):
+        return 0.0
+
     def close(self):
         pass
 
@@ -169,6 +175,7 @@ def alone(process_group, monkeypatch, tmp_path):
     monkeypatch.setattr(loop, "ScorerPool", Scorers)
 
     def report(metrics, checkpoint, checkpoint_dir_name):
+        shutil.rmtree(tmp_path / checkpoint_dir_name, ignore_errors=True)
         shutil.copytree(checkpoint.path, tmp_path / checkpoint_dir_name)
 
     monkeypatch.setattr(train, "report", report)
@@ -207,7 +214,8 @@ def test_the_gradient_of_an_update_is_that_of_plain_torch(data, tmp_path, alone,
     )
     trainer = start(job)
     trainer.push()
-    experience = trainer.receive(trainer.begin(0))
+    trainer.receive(trainer.begin(0))
+    experience = trainer.experience
     assert len(set(experience.lengths)) > 1 and len(experience.lengths) == 8
     advantages, returns = compute_advantages(experience, job.training, 0.2)
     found = {}
@@ -247,7 +255,8 @@ def test_the_gradient_of_an_update_is_that_of_plain_torch(data, tmp_path, alone,
 def test_no_completion_loses_its_reward_whatever_its_length(data, tmp_path, alone):
     trainer = start(make_job(data, tmp_path / "run"))
     trainer.push()
-    experience = trainer.receive(trainer.begin(0))
+    trainer.receive(trainer.begin(0))
+    experience = trainer.experience
     assert max(experience.lengths) > min(experience.lengths)
     for row, sample in enumerate(experience.samples):
         assert sample.reward == pytest.approx(
@@ -268,7 +277,6 @@ def test_an_interrupted_run_ends_like_one_that_was_not(data, tmp_path, alone, ov
     shutil.rmtree(tmp_path / "run")
     resumed = start(job)
     resumed.load(str(tmp_path / "step-2"))
-    shutil.rmtree(tmp_path / "step-4")
     again = finish(resumed)
     assert [r["step"] for r in resumed.history] == [1, 2, 3, 4, 5]
     assert samples_of(tmp_path / "run") == {name: rows for name, rows in samples.items() if name > "step-000002"}
@@ -426,9 +434,87 @@ def test_a_sample_without_a_score_is_left_out_and_counted(data, tmp_path, alone,
 def test_a_run_ends_when_too_many_have_no_score(data, tmp_path, alone, monkeypatch):
     monkeypatch.setattr(Scorers, "lost", staticmethod(lambda text: True))
     trainer = start(make_job(data, tmp_path / "run", max_steps=1))
-    with pytest.raises(RayRMError, match=r"8 of the 8 completions of a step have no reward \(grammar/overloaded\)"):
+    with pytest.raises(RayRMError, match=r"8 of the last 8 completions have no reward \(grammar/overloaded\)"):
         finish(trainer)
     assert trainer.step == 0 and not (tmp_path / "run" / "samples").exists()
+
+
+def test_a_step_without_a_score_is_skipped_and_counted(data, tmp_path, alone, monkeypatch):
+    """One bad step among good ones changes no weight; what the controller and the samples say goes on."""
+    job = make_job(data, tmp_path / "run", max_steps=3, max_unscored_fraction=0.6)
+    trainer = start(job)
+    learn, weights = trainer.learn, []
+
+    def watched():
+        record = learn()
+        weights.append(torch.cat([p.detach().flatten().clone() for p in trainer.learner.network.parameters()]))
+        monkeypatch.setattr(Scorers, "lost", staticmethod(lambda text: trainer.step == 1))
+        return record
+
+    monkeypatch.setattr(trainer, "learn", watched)
+    finish(trainer)
+    assert [record["skipped"] for record in trainer.history] == [0, 1, 0]
+    assert torch.equal(weights[1], weights[0]) and not torch.equal(weights[2], weights[1])
+    bad = trainer.history[1]
+    assert bad["num_samples"] == 0 and bad["left_out/unscored/grammar/overloaded"] > 0 and "loss" not in bad
+    assert len(samples_of(tmp_path / "run")) == 3
+
+
+def test_too_little_to_learn_from_is_judged_over_more_than_a_small_step():
+    def samples(*faults):
+        return [Sample(str(n), n, "de", "", [1], [2], [0.0], True, "x", fault=f) for n, f in enumerate(faults)]
+
+    faults = Faults(0.5, num=4)
+    faults.take(samples(None, None, None, None))
+    faults.take(samples(*["unscored/bleurt/nan"] * 4))
+    with pytest.raises(
+        RayRMError, match="5 of the last 9 completions have no reward \\(bleurt/nan\\), more than max_unsc"
+    ):
+        faults.take(samples("unscored/bleurt/nan"))
+    rules = Faults(1.0, num=4)
+    rules.take(samples(None))
+    for _ in range(15):
+        rules.take(samples(*["too_short"] * 4))
+    with pytest.raises(RayRMError, match="All of the last 64 completions were left out \\(too_short, unfinished\\)"):
+        rules.take(samples(*["unfinished"] * 4))
+
+
+def test_a_run_that_died_behind_its_last_step_only_saves_the_model(data, tmp_path, alone, monkeypatch):
+    job = make_job(data, tmp_path / "run", max_steps=2)
+    weights = finish(start(job))
+    resumed = start(job)
+    resumed.load(str(tmp_path / "step-2"))
+    monkeypatch.setattr(Rollouts, "draw", None)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in finish(resumed).items())
+    assert resumed.finish()["steps"] == 2 and resumed.history[-1]["step"] == 2
+
+
+def test_the_times_of_a_step_are_its_own_and_the_first_one_tells_none(data, tmp_path, alone):
+    trainer = start(make_job(data, tmp_path / "run", max_steps=3, overlap=True))
+    finish(trainer)
+    assert not [name for name in trainer.history[0] if name.startswith(("seconds/", "step_s"))]
+    for record in trainer.history[1:]:
+        assert record["step_s"] == pytest.approx(sum(record[f"seconds/{part}"] for part in STEP_PARTS))
+        assert record["seconds/draw"] > 0 and record["seconds/learn"] > 0
+
+
+@pytest.mark.parametrize(
+    ("sampler", "parallelism", "limit"),
+    [
+        ({}, {}, 0.001),
+        ({"dtype": "bfloat16"}, {}, 0.05),
+        ({"dtype": "float32"}, {"precision": "bf16"}, 0.05),
+    ],
+)
+def test_more_drift_is_let_pass_where_numbers_are_short(data, tmp_path, sampler, parallelism, limit):
+    job = make_job(data, tmp_path, rollouts={"engine": "transformers", "settings": sampler})
+    assert job.model_copy(update={"parallelism": Parallelism(**parallelism)}).max_drift == limit
+    assert make_job(data, tmp_path, max_drift=0.3).max_drift == 0.3
+
+
+def test_words_are_told_apart_where_nothing_stands_between_them():
+    assert words_of("I saw 日本語 twice") == ["I", "saw", "日", "本", "語", "twice"]
+    assert distinct_n(["ไก่ไก่"], 1) == 0.5
 
 
 def test_a_sampler_that_is_not_the_policy_ends_the_run(data, tmp_path, alone, monkeypatch):

@@ -107,7 +107,7 @@ def _tiles(run: PolicyRun, warnings: dict[str, str]) -> list[Tile]:
     if entropy.end is not None:
         note = f"nats a token, {entropy.start:.3f} at the start"
         found.append(Tile("Entropy", f"{entropy.end:.3f}", note, _tone("entropy" in warnings)))
-    drift, limit = run.series("drift").values, run.training.get("max_drift")
+    drift, limit = run.series("drift").values, run.series("drift/limit").last
     if len(drift):
         note = "nats a token" + (f", limit {limit:g}" if limit else "")
         found.append(Tile("Worst drift", f"{drift.max():.2g}", note, _tone("drift" in warnings)))

@@ -158,7 +158,7 @@ def _drift(run: PolicyRun) -> list[Block]:
         return []
     if not any((line.series.values > 0).any() for line in lines):
         return [Text("The sampler's and the learner's log-probabilities are the same to the last digit.")]
-    limit = run.training.get("max_drift")
+    limit = run.series("drift/limit").last
     caption = "Difference of the log-probabilities of drawn tokens, sampler against learner. A mean beyond the limit ends the run."
     drawn = draw_lines(lines, "nats a token", {"limit of the mean": limit} if limit else {}, log=True)
     return [Figures([Figure(drawn, "Drift", caption)])]
@@ -224,7 +224,7 @@ def _time(run: PolicyRun) -> list[Block]:
     busy = {
         "learner": 1 - seconds["wait"].values / whole.values,
         "samplers": seconds["draw"].values / whole.values,
-        "scorers": seconds["score"].values / whole.values,
+        "scorers": run.series("seconds/scorers").values / whole.values,
     }
     idle = {role: Series(whole.steps, np.clip(1 - share, 0, 1)) for role, share in busy.items()}
     if not overlaps:
@@ -238,8 +238,8 @@ def _time(run: PolicyRun) -> list[Block]:
         else "Waiting is what the learner waits for besides."
     )
     about = (
-        "Share of a step in which each has nothing to do. Scorers also work while completions are drawn, which is not "
-        "measured: theirs is an upper bound."
+        "Share of a step in which each has nothing to do; of several scorers it is the mean. What is scored over HTTP "
+        "counts as their work."
     )
     roles = [Line(role, series) for role, series in idle.items()]
     figures = [

@@ -64,7 +64,7 @@ def _is_rewarded(run: PolicyRun) -> bool:
 
 
 def _drifted(run: PolicyRun) -> str | None:
-    limit, drift = run.training.get("max_drift"), run.series("drift").values
+    limit, drift = run.series("drift/limit").last, run.series("drift").values
     if not limit or not len(drift) or drift.max() <= DRIFT_FRACTION * limit:
         return None
     return (

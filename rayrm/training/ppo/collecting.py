@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,10 +13,13 @@ from rayrm.models.vllm import Drawn
 from rayrm.placing import place, token_ends
 from rayrm.scoring.reward_model import language_of
 from rayrm.seeds import seed_of
-from rayrm.training.ppo.experience import Sample, lone_samples
+from rayrm.training.ppo.experience import RULES, Sample, lone_samples
 from rayrm.training.ppo.rollouts import Request, RolloutPool
 from rayrm.training.ppo.scorers import ScorerPool, Ticket
-from rayrm.training.ppo.settings import CriticFree, RewardedTraining
+from rayrm.training.ppo.settings import CriticFree, LengthRule, RewardedTraining
+
+MIN_JUDGED = 64
+"""Fewest completions that `Faults` looks back on, as far as there were as many."""
 
 
 class PromptRow(NamedTuple):
@@ -27,10 +31,35 @@ class PromptRow(NamedTuple):
 
 
 class Collected(NamedTuple):
-    """The samples of a step, and how many seconds drawing and, behind that, scoring took."""
+    """The samples of a step, and the seconds of `draw`, of `score` behind that, and in which `scorers` were at work."""
 
     samples: list[Sample]
     seconds: dict[str, float]
+
+
+class Faults:
+    """The last completions of a run, as far as they were left out: is enough left to learn from?"""
+
+    def __init__(self, max_unscored_fraction: float, num: int) -> None:
+        self.max_unscored_fraction = max_unscored_fraction
+        self.last: deque[str | None] = deque(maxlen=max(num, MIN_JUDGED))
+
+    def take(self, samples: Sequence[Sample]) -> None:
+        """Judge by these samples too. Raises RayRMError where too many have no score, or nothing is left."""
+        self.last.extend(sample.fault for sample in samples)
+        faults = [fault for fault in self.last if fault is not None]
+        unscored = [fault.partition("/")[2] for fault in faults if fault.startswith("unscored")]
+        if len(unscored) > self.max_unscored_fraction * len(self.last):
+            raise RayRMError(
+                f"{len(unscored)} of the last {len(self.last)} completions have no reward "
+                f"({', '.join(sorted(set(unscored)))}), more than max_unscored_fraction {self.max_unscored_fraction:g}; "
+                "look at the scorers, or raise it."
+            )
+        if len(faults) == len(self.last):
+            raise RayRMError(
+                f"All of the last {len(self.last)} completions were left out ({', '.join(sorted(set(faults)))}); look at "
+                "the rules of length and at the scorers."
+            )
 
 
 class Collector:
@@ -38,17 +67,24 @@ class Collector:
 
     def __init__(self, training: RewardedTraining, tokenizer: Any, rollouts: RolloutPool, scorers: ScorerPool) -> None:
         self.training = training
+        num = training.global_batch_size * training.sampling.num_candidates
+        self.faults = Faults(training.max_unscored_fraction, num)
         self.composition = with_constants(training.rewarding)
         self.tokenizer = tokenizer
         self.rollouts = rollouts
         self.scorers = scorers
         self.special = set(tokenizer.all_special_ids)
 
+    def collect_step(self, rows: Sequence[tuple[int, PromptRow]], visit: str) -> Collected:
+        """As `collect`, for a step of training. Raises RayRMError as `Faults.take` does."""
+        collected = self.collect(rows, visit)
+        self.faults.take(collected.samples)
+        return collected
+
     def collect(self, rows: Sequence[tuple[int, PromptRow]], visit: str) -> Collected:
         """All completions of numbered rows; draws hang on the row, the seed and `visit` alone.
 
-        Raises RayRMError when more than `max_unscored_fraction` of them have no reward, and what rollouts and scorers
-        raise.
+        Raises what rollouts and scorers raise.
         """
         began = time.monotonic()
         numbered = {}
@@ -71,8 +107,13 @@ class Collector:
             self._reward(samples, tickets)
         found = [sample for samples, _ in waiting for sample in samples]
         found.sort(key=lambda sample: (place_of[sample.id.rpartition("/")[0]], int(sample.id.rpartition("/")[2])))
-        self._check(found)
-        return Collected(found, {"draw": drawn_s, "score": time.monotonic() - began - drawn_s})
+        if isinstance(self.training, CriticFree):
+            lone = lone_samples(found)
+            for sample in found:
+                if sample.id in lone:
+                    sample.fault = "alone"
+        seconds = {"draw": drawn_s, "score": time.monotonic() - began - drawn_s, "scorers": self.scorers.take_busy()}
+        return Collected(found, seconds)
 
     def _sample(self, name: str, number: int, index: int, row: PromptRow, drawn: Drawn) -> Sample:
         """A drawn completion, and what the rules of length say of it."""
@@ -81,10 +122,9 @@ class Collector:
         own = (drawn.ids, drawn.logprobs, drawn.is_finished, text)
         sample = Sample(f"{name}/{number}", index, lang, last_turn, row.prompt_ids, *own)
         num_tokens = sum(token not in self.special for token in drawn.ids)
-        for holds, rule, what in (
-            (num_tokens < self.training.min_length, self.training.too_short, "too_short"),
-            (not drawn.is_finished, self.training.unfinished, "unfinished"),
-        ):
+        held = (num_tokens < self.training.min_length, not drawn.is_finished)
+        for holds, what in zip(held, RULES, strict=True):
+            rule: LengthRule = getattr(self.training, what)
             if not holds or rule.then == "keep":
                 continue
             if rule.then == "drop" or not drawn.ids:
@@ -136,26 +176,6 @@ class Collector:
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
-
-    def _check(self, samples: list[Sample]) -> None:
-        """Leave out what cannot be compared, and raise RayRMError when too little is left."""
-        unscored = [sample for sample in samples if sample.fault is not None and sample.fault.startswith("unscored")]
-        if len(unscored) > self.training.max_unscored_fraction * len(samples):
-            reasons = ", ".join(sorted({str(sample.fault).partition("/")[2] for sample in unscored}))
-            raise RayRMError(
-                f"{len(unscored)} of the {len(samples)} completions of a step have no reward ({reasons}), more than "
-                f"max_unscored_fraction {self.training.max_unscored_fraction:g}; look at the scorers, or raise it."
-            )
-        if isinstance(self.training, CriticFree):
-            lone = lone_samples(samples)
-            for sample in samples:
-                if sample.id in lone:
-                    sample.fault = "alone"
-        if all(sample.fault is not None for sample in samples):
-            raise RayRMError(
-                f"All {len(samples)} completions of a step were left out ({', '.join(sorted({str(s.fault) for s in samples}))});"
-                " look at the rules of length and at the scorers."
-            )
 
 
 def _open_groups(samples: Sequence[Sample]) -> dict[int, list[Sample]]:

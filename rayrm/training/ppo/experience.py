@@ -13,6 +13,9 @@ from rayrm.training.ppo.advantages import estimate_gae, group_relative, leave_on
 from rayrm.training.ppo.losses import estimate_kl
 from rayrm.training.ppo.settings import GRPO, PPO, RewardedTraining
 
+RULES = ("too_short", "unfinished")
+"""The rules of length, as they are counted, and as parts of the rewards that they give."""
+
 
 @dataclass
 class Sample:

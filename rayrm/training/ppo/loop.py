@@ -36,6 +36,8 @@ from rayrm.training.states import WORLD, last_state
 from rayrm.training.tracking import TRACKERS
 
 PROGRESS, ENGINE, AHEAD = "progress.json", "engine", "ahead.pt"
+STEP_PARTS = ("wait", "prepare", "learn", "push")
+"""What the learner does in a step, one after the other; the samples' own seconds run beside it or in its wait."""
 
 
 def train_loop(given: dict[str, Any]) -> dict[str, Any]:
@@ -77,8 +79,12 @@ class RewardedTrainer:
         """What was measured in the steps since the last record."""
         self.served: dict[str, str | None] = {}
         """Revisions of the models that services among the scorers run."""
-        self.ahead: Experience | None = None
-        """With overlap, what was drawn for the next step when the last state was saved."""
+        self.collected: Collected | None = None
+        """The samples of the next step, once they are there."""
+        self.experience: Experience | None = None
+        """What the learner makes of those that it learns from; None where there are none."""
+        self.seconds: dict[str, float] = {}
+        """What the parts of the next step have taken so far."""
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.rollouts = RolloutPool(self.training.model, self.training.rollouts, self.training.sampling)
         self.scorers = ScorerPool(self.training.scorers, self.training.rollouts.max_failures)
@@ -88,6 +94,8 @@ class RewardedTrainer:
         """Run the steps that are left; log, evaluate and save on the way."""
         from ray.experimental.tqdm_ray import tqdm
 
+        if self.step == self.num_steps:
+            return
         job, is_first = self.job, self.rank == 0
         tracker = TRACKERS[job.report_to if is_first else "none"](job.output, self.training.model_dump(), self.step)
         bar = tqdm(total=self.num_steps, desc="training") if show_progress and is_first else None
@@ -98,21 +106,24 @@ class RewardedTrainer:
         self.push()
         if not self.step:
             tracker.log(self.evaluate(), 0)
-        experience = self.ahead or self.receive(self.begin(self.step))
-        while True:
-            began = time.monotonic()
+        # Actors start with the first draw, whose time says nothing of a step's.
+        tells_times = False
+        if self.collected is None:
+            self.receive(self.begin(self.step))
+        while self.step < self.num_steps:
             # Drawn by the weights of now, while they change.
-            is_last = self.step + 1 == self.num_steps
-            ahead = self.begin(self.step + 1) if self.training.overlap and not is_last else None
-            record = self.learn(experience)
-            learned = time.monotonic()
-            if self.training.overlap and not is_last:
-                experience = self.receive(ahead)
-            self.push()
-            record |= {"seconds/learn": learned - began, "step_s": time.monotonic() - began}
-            if not self.training.overlap:
-                record["step_s"] += record["seconds/wait"] + record["seconds/prepare"]
+            overlaps = self.training.overlap and self.step + 1 < self.num_steps
+            ahead = self.begin(self.step + 1) if overlaps else None
+            record, seconds = self.learn(), self.seconds
+            if overlaps:
+                self.receive(ahead)
+            seconds["push"] = self.push()
+            if tells_times:
+                record |= {f"seconds/{name}": taken for name, taken in seconds.items()}
+                record["step_s"] = sum(seconds[name] for name in STEP_PARTS)
+            tells_times = True
             self.since.append(record)
+            is_last = self.step == self.num_steps
             if self.step % job.log_steps == 0 or is_last:
                 tracker.log(self.record(merge_records(self.since)), self.step)
                 self.since = []
@@ -120,25 +131,23 @@ class RewardedTrainer:
                 tracker.log(self.evaluate(), self.step)
             if bar is not None:
                 bar.update(1)
-            if is_last:
-                break
-            if self.step % job.save_steps == 0:
-                self.save(experience if self.training.overlap else None)
-            if not self.training.overlap:
-                experience = self.receive(self.begin(self.step))
+            if self.step % job.save_steps == 0 or is_last:
+                self.save()
+            if not (overlaps or is_last):
+                self.receive(self.begin(self.step))
         if bar is not None:
             bar.close()
         tracker.close()
 
-    def push(self) -> None:
-        """Hand the weights of now to the samplers; the next draw is theirs."""
+    def push(self) -> float:
+        """Hand the weights of now to the samplers; the next draw is theirs. Gives the seconds that it took."""
         began = time.monotonic()
         state = sampler_state(self.learner.network.policy)
         if self.rank == 0:
             self.rollouts.push(state, self.step)
         if self.learner.behaviour is not None:
             self.learner.behaviour.take()
-        self.push_s = time.monotonic() - began
+        return time.monotonic() - began
 
     def begin(self, step: int) -> Future[Collected] | None:
         """Start to collect the samples of a step, in the background; on rank 0."""
@@ -146,12 +155,12 @@ class RewardedTrainer:
             return None
         rows = batch_of_step(step, len(self.rows), self.training.global_batch_size, self.training.seed)
         visit = str(step // self.epoch_steps)
-        return self.thread.submit(self.collector.collect, [(row, self.rows[row]) for row in rows], visit)
+        return self.thread.submit(self.collector.collect_step, [(row, self.rows[row]) for row in rows], visit)
 
-    def receive(self, future: Future[Collected] | None) -> Experience:
-        """The samples of a step, on all workers, with what the learner says of them before it learns.
+    def receive(self, future: Future[Collected] | None) -> None:
+        """Have the samples of the next step, on all workers, and what the learner says of them before it learns.
 
-        Raises CheckpointError when sampler and learner have drifted apart.
+        Raises CheckpointError when sampler and learner have drifted apart, and what collecting raises.
         """
         began = time.monotonic()
         shared: list[Any] = [None]
@@ -159,16 +168,17 @@ class RewardedTrainer:
             shared = [future.result()]
         dist.broadcast_object_list(shared, device=torch.device("cpu") if dist.get_backend() == "gloo" else None)
         collected: Collected = shared[0]
-        self.wait_s = time.monotonic() - began
+        waited = time.monotonic()
+        kept = [sample for sample in collected.samples if sample.fault is None]
         self.collected = collected
-        experience = self.learner.prepare([sample for sample in collected.samples if sample.fault is None])
-        self.prepare_s = time.monotonic() - began - self.wait_s
-        self._check_drift(experience)
-        return experience
+        self.experience = self.learner.prepare(kept) if kept else None
+        self.seconds = {**collected.seconds, "wait": waited - began, "prepare": time.monotonic() - waited}
+        if self.experience is not None:
+            self._check_drift(self.experience)
 
     def _check_drift(self, experience: Experience) -> None:
-        drift = float(experience.drift().sum() / experience.mask.sum())
-        if not drift <= self.training.max_drift:
+        drift, limit = float(experience.drift().sum() / experience.mask.sum()), self.job.max_drift
+        if not drift <= limit:
             filters = self.training.filters
             because = (
                 f"sampling has {', '.join(filters)} on, which the policy does not learn with"
@@ -177,32 +187,41 @@ class RewardedTrainer:
             )
             raise CheckpointError(
                 f"At step {self.step + 1} sampler and learner differ by {drift:.3g} nats a token, more than max_drift "
-                f"{self.training.max_drift:g}: {because}; learning from such samples makes a policy collapse."
+                f"{limit:g}: {because}; learning from such samples makes a policy collapse."
             )
 
-    def learn(self, experience: Experience) -> dict[str, float]:
-        """One step; gives what was measured. Counts it as done."""
-        samples = self.collected.samples
+    def learn(self) -> dict[str, float]:
+        """The step whose samples are there, which is none where all were left out; gives what was measured.
+
+        Counts it as done, and the samples as used.
+        """
+        assert self.collected is not None
+        began, samples, experience = time.monotonic(), self.collected.samples, self.experience
+        found = describe_samples(samples) | {"skipped": float(experience is None), "kl_coefficient": self.coefficient}
+        if experience is not None:
+            found |= self._learn_from(experience)
+        self.step += 1
+        self.collected = self.experience = None
+        if self.rank == 0:
+            write_samples(self.job.output, f"step-{self.step:06d}", samples)
+        self.seconds["learn"] = time.monotonic() - began
+        return found
+
+    def _learn_from(self, experience: Experience) -> dict[str, float]:
         advantages, returns = compute_advantages(experience, self.training, self.coefficient)
         lr = self.training.rate_at(self.step, self.num_steps)
         for group in self.learner.engine.optimizer.param_groups:
             if OWN_LR not in group:
                 group["lr"] = lr
-        found = describe_samples(samples)
         told = None if returns is None else returns.cpu().numpy()
-        found |= describe_experience(experience, told, self.learner.reference is not None)
+        found = describe_experience(experience, told, self.learner.reference is not None)
         found |= self.learner.learn(experience, advantages, returns, self.step, self.coefficient)
-        found |= {"lr": lr, "kl_coefficient": self.coefficient, "seconds/push": self.push_s}
-        found |= {"seconds/wait": self.wait_s, "seconds/prepare": self.prepare_s}
-        found |= {f"seconds/{name}": seconds for name, seconds in self.collected.seconds.items()}
+        found |= {"lr": lr, "drift/limit": self.job.max_drift}
         norm = self.learner.engine.get_global_grad_norm()
         if norm is not None:
             found["grad_norm"] = float(norm)
         if "kl" in found:
             self.coefficient = self.training.kl.adapt(self.coefficient, found["kl"], len(experience.samples))
-        self.step += 1
-        if self.rank == 0:
-            write_samples(self.job.output, f"step-{self.step:06d}", samples)
         return found
 
     def evaluate(self) -> dict[str, float]:
@@ -224,8 +243,11 @@ class RewardedTrainer:
             write_curves(self.history, self.job.output)
         return metrics
 
-    def save(self, ahead: Experience | None) -> None:
-        """Report the state of this step to Ray Train: every worker the files that it wrote."""
+    def save(self) -> None:
+        """Report the state of this step to Ray Train: every worker the files that it wrote.
+
+        With overlap it holds the samples of the next step, which were drawn by weights that are no more.
+        """
         from ray import train
 
         if self.rank == 0:
@@ -237,8 +259,8 @@ class RewardedTrainer:
                 progress |= {"history": self.history, "since": self.since}
                 (Path(folder) / PROGRESS).write_text(json.dumps(progress))
                 (Path(folder) / WORLD).write_text(json.dumps({"num_workers": dist.get_world_size()}))
-                if ahead is not None:
-                    torch.save((self.collected, ahead), Path(folder) / AHEAD)
+                if self.collected is not None:
+                    torch.save((self.collected, self.experience), Path(folder) / AHEAD)
             state = train.Checkpoint.from_directory(folder)
             train.report({"step": self.step}, state, checkpoint_dir_name=f"step-{self.step}")
 
@@ -252,10 +274,9 @@ class RewardedTrainer:
         self.history, self.since, self.served = progress["history"], progress["since"], progress["served"]
         if (Path(folder) / AHEAD).exists():
             # A run's own file, which holds lists of samples beside tensors.
-            self.collected, self.ahead = torch.load(
+            self.collected, self.experience = torch.load(
                 Path(folder) / AHEAD, map_location=self.learner.engine.device, weights_only=False
             )
-            self.wait_s = self.prepare_s = 0.0
 
     def finish(self) -> dict[str, Any]:
         """Save the policy whole and return the facts of the run."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-from rayrm.training.ppo.experience import Experience, Sample
+from rayrm.training.ppo.experience import RULES, Experience, Sample
+
+COUNTED = ("left_out/", "penalised/")
+UNBROKEN = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
+"""A character of Thai, Lao, Burmese, Khmer, kana or Han."""
 
 
 def describe_samples(samples: Sequence[Sample]) -> dict[str, float]:
@@ -35,7 +40,10 @@ def describe_samples(samples: Sequence[Sample]) -> dict[str, float]:
     for index, name in enumerate(("short", "middle", "long")):
         if (place == index).any():
             found[f"reward/length/{name}"] = float(rewards[place == index].mean())
-    for scorer in sorted({name for sample in kept for name in sample.parts}):
+    for rule in RULES:
+        if num := sum(rule in sample.parts for sample in kept):
+            found[f"penalised/{rule}"] = num / len(samples)
+    for scorer in sorted({name for sample in kept for name in sample.parts} - set(RULES)):
         found[f"score/{scorer}"] = _mean([sample.parts[scorer] for sample in kept if scorer in sample.parts])
     gates = [sample.is_open for sample in kept if sample.is_open is not None]
     return found | ({"gate_open_fraction": _mean(gates)} if gates else {})
@@ -61,8 +69,13 @@ def describe_experience(experience: Experience, returns: np.ndarray | None, has_
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
     """Share of different n-grams of words among all of them, over all texts together (arXiv 1510.03055); 0 for none."""
-    grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
+    grams = [tuple(words[i : i + n]) for words in map(words_of, texts) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text; of a run of characters of a script that has no blanks between words, each character."""
+    return UNBROKEN.sub(r" \g<0> ", text).split()
 
 
 def _mean(values: Sequence[float] | Sequence[bool]) -> float:
@@ -70,8 +83,8 @@ def _mean(values: Sequence[float] | Sequence[bool]) -> float:
 
 
 def merge_records(records: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over steps; maxima of what ends in `/max`, the last of `lr` and `kl_coefficient`, and what was left out for
-    a reason counts as 0 in a step that does not name it."""
+    """Means over steps; maxima of what ends in `/max`, the last of `lr` and `kl_coefficient`, and what was left out or
+    penalised for a reason counts as 0 in a step that does not name it."""
     merged = {}
     for name in dict.fromkeys(name for record in records for name in record):
         values = [record[name] for record in records if name in record]
@@ -80,5 +93,5 @@ def merge_records(records: Sequence[dict[str, float]]) -> dict[str, float]:
         elif name.endswith("/max"):
             merged[name] = max(values)
         else:
-            merged[name] = sum(values) / (len(records) if name.startswith("left_out/") else len(values))
+            merged[name] = sum(values) / (len(records) if name.startswith(COUNTED) else len(values))
     return merged

@@ -14,6 +14,8 @@ from rayrm.training.ppo.kl import Estimator, KLConfig
 from rayrm.training.ppo.rollouts import RolloutConfig
 from rayrm.training.settings import Training, TrainingJob
 
+FP32_DRIFT, DRIFT = 0.001, 0.05
+"""Most nats a token between sampler and learner, where both are in fp32 and where they are not."""
 Reduction = Literal["token_mean", "sequence_mean", "sequence_sum"]
 
 
@@ -80,10 +82,12 @@ class PolicyGradient(Training):
     eval_rows: int = Field(256, ge=1)
     """Most held-out rows that an evaluation draws completions for."""
     max_unscored_fraction: float = Field(0.5, ge=0, le=1)
-    """Share of a step's completions without a reward above which the run ends."""
-    max_drift: float = Field(0.05, gt=0)
+    """Share of the last completions without a reward above which the run ends; they are those of a step, and 64 at the
+    least."""
+    max_drift: float | None = Field(None, gt=0)
     """Mean difference in nats between the sampler's and the learner's log-probabilities of the drawn tokens above which
-    the run ends. In bf16 some 0.01 are usual, in fp32 some 1e-5."""
+    the run ends; null for 0.001 where both compute in fp32, of which some 1e-5 are usual, else 0.05, where some 0.01
+    are."""
 
     @model_validator(mode="after")
     def _can_learn(self) -> Self:
@@ -204,3 +208,16 @@ class RewardedJob(TrainingJob):
 
     training: RewardedTraining
     """What is trained, and how."""
+
+    @property
+    def max_drift(self) -> float:
+        """`training.max_drift`, or what stands for null."""
+        if self.training.max_drift is not None:
+            return self.training.max_drift
+        sampler = self.training.rollouts.settings
+        in_fp32 = sampler.dtype == "float32" or (
+            sampler.dtype == "auto" and not self.training.rollouts.workers.num_gpus
+        )
+        if in_fp32 and sampler.quantization is None and not self.parallelism.uses_bf16(self.workers.num_gpus):
+            return FP32_DRIFT
+        return DRIFT
