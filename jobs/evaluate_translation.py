@@ -99,8 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check(config: EvaluateTranslation) -> None:
     """Find out before anything is translated what would fail later."""
-    if config.metrics.corpus:
-        check_sacrebleu()
+    check_sacrebleu()
     for policy in config.policies:
         check_policy(policy, config.metrics.bleurt)
     if config.metrics.comet is not None:

