@@ -14,7 +14,7 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from rayrm import files
-from rayrm.config import parse_args, run_job
+from rayrm.config import NOT_IDENTITY, parse_args, run_job
 from rayrm.counts import describe_counts
 from rayrm.errors import RayRMError
 from rayrm.evaluation.facts import list_facts
@@ -34,7 +34,13 @@ from rayrm.evaluation.translation.policies import (
     score_rows,
     translate_rows,
 )
-from rayrm.evaluation.translation.report import build_report, differences_table, drift_table, means_table
+from rayrm.evaluation.translation.report import (
+    build_report,
+    differences_table,
+    drift_table,
+    means_table,
+    tell_unscored,
+)
 from rayrm.evaluation.translation.sets import TranslatedRows, write_rows
 from rayrm.runs import abandon_run, finish_run, start_run
 from rayrm.shards import read_table
@@ -51,6 +57,8 @@ class EvaluateTranslation(TranslatedRows):
     """What is measured."""
     bootstrap: BootstrapConfig = BootstrapConfig()
     """How intervals are drawn."""
+    max_failed_fraction: float = Field(0.05, ge=0, le=1, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
+    """The job fails when BLEURT or COMET have no score for a larger share of a policy's texts."""
 
     @model_validator(mode="after")
     def _check_policies(self) -> EvaluateTranslation:
@@ -136,12 +144,13 @@ def describe_temperature(found: dict[str, float]) -> str:
 def answer(config: EvaluateTranslation, policy: Policy) -> dict[str, str]:
     """Translate all rows and score them; where the translations are, and the scores by scorer."""
     candidates = translate_rows(policy, config.rows.output, config.output, config.shard_rows)
+    folder, limit = files.join(config.output, policy.name), config.max_failed_fraction
     found = {"": candidates}
-    if config.metrics.bleurt is not None:
-        output = files.join(config.output, policy.name, "scored")
-        found["bleurt"] = score_rows(config.metrics.bleurt, candidates, output, config.shard_rows)
-    if config.metrics.comet is not None:
-        found["comet"] = score_comet(config.metrics.comet, candidates, files.join(config.output, policy.name, "comet"))
+    if (bleurt := config.metrics.bleurt) is not None:
+        scored = files.join(folder, "scored")
+        found["bleurt"] = score_rows(bleurt, candidates, scored, config.shard_rows, limit)
+    if (comet := config.metrics.comet) is not None:
+        found["comet"] = score_comet(comet, candidates, files.join(folder, "comet"), limit)
     return found
 
 
@@ -171,6 +180,8 @@ def print_tables(config: EvaluateTranslation) -> None:
         if result.differences:
             tables.append(differences_table(result, config.metrics.names, config.bootstrap))
         print(*(f"\n{format_table(table)}" for table in (*tables, drift_table(result))), sep="\n")
+        if unscored := tell_unscored(result, config.metrics.names):
+            print(f"\n{unscored}")
     print(f"\nThe page with matrices and figures: {files.join(config.output, REPORT)}", flush=True)
 
 

@@ -16,13 +16,16 @@ from jobs import evaluate_translation, prepare_prompts
 from jobs.evaluate_translation import EvaluateTranslation
 from rayrm import cluster, files
 from rayrm.config import build_config
-from rayrm.errors import CheckpointError, ConfigError, OutputExistsError, SchemaError
+from rayrm.errors import CheckpointError, ConfigError, EvaluationError, OutputExistsError, SchemaError
 from rayrm.evaluation.translation import comet, policies
-from rayrm.evaluation.translation.comet import CometConfig, check_comet, score_comet, score_file
+from rayrm.evaluation.translation.bleurt import TranslationScorer
+from rayrm.evaluation.translation.comet import CometConfig, check_comet, score_comet
 from rayrm.evaluation.translation.sets import TranslatedRows, write_rows
+from rayrm.models.bleurt import EncodedPair, score_encoded
 from rayrm.models.creation import CreationConfig, create_model
 from rayrm.prompts import direct_prompt
 from rayrm.rows import TEXTS, set_column
+from rayrm.scoring.bleurt import BleurtScorer, BleurtScoring
 from rayrm.shards import list_files, read_table
 from rayrm.sources.flores import find_languages, make_directions, read_flores
 from rayrm.splits import is_held_out
@@ -236,7 +239,7 @@ def test_samples_of_a_real_policy_are_measured_one_by_one(policy, bleurt, ray_cl
         texts = [[" ".join(row["candidates"][sample].split()) for row in german] for sample in (0, 1)]
         scores = [metric.corpus_score(own, references).score for own in texts]
         assert found[f"{name}/en-de"] == pytest.approx(np.mean(scores))
-    scores = [np.mean([s for s in row["scores"]["bleurt"] if s is not None]) for row in german]
+    scores = [np.mean(row["scores"]["bleurt"]) for row in german]
     assert found["bleurt/en-de"] == pytest.approx(np.mean(scores))
     assert found["unfinished"] == sum(row["num_unfinished"] for row in rows) / 48 > 0
     # What is complete needs neither engine nor model again.
@@ -256,12 +259,14 @@ def make_candidates(folder, num=3):
     return str(folder)
 
 
-def test_comet_scores_texts_and_leaves_empty_ones_out(tmp_path, monkeypatch):
+def test_comet_scores_every_text_and_tells_what_failed(tmp_path, monkeypatch):
     loaded, seen = [], []
 
     def predict(texts, batch_size, gpus, progress_bar, num_workers):
         seen.extend(texts)
-        return types.SimpleNamespace(scores=[len(text["src"]) / 10 for text in texts])
+        # What is empty is scored, and the model fails on one source.
+        scores = [len(text["mt"]) / 10 if text["src"] != "text 2" else float("nan") for text in texts]
+        return types.SimpleNamespace(scores=scores)
 
     def load(path):
         loaded.append(path)
@@ -273,26 +278,45 @@ def test_comet_scores_texts_and_leaves_empty_ones_out(tmp_path, monkeypatch):
     candidates, output = make_candidates(tmp_path / "candidates"), str(tmp_path / "comet")
     check_comet(CometConfig())
     config = CometConfig(model="owner/comet")
-    score_comet(config, candidates, output)
-    assert loaded == ["owner/comet.ckpt"] and len(seen) == 3
-    assert seen[0] == {"src": "text 0", "mt": "ein Text", "ref": "ein Text"}
-    rows = read_table(output).to_pylist()
-    assert [row["scores"] for row in rows] == [{"comet": [0.6, None]}] * 3
+    with pytest.raises(EvaluationError, match=r"2 of 6 scores of .* failed .*unscored: 2 nan.* allows 0\.05"):
+        score_comet(config, candidates, output, 0.05)
+    assert loaded == ["owner/comet.ckpt"] and len(seen) == 6 and not files.exists(f"{output}/run.json")
+    assert seen[0] == {"src": "text 0", "mt": "ein Text", "ref": "ein Text"} and seen[1]["mt"] == ""
     # Only a shard without scores is scored again.
     (tmp_path / "comet/shard-1.parquet").unlink()
-    (tmp_path / "comet/run.json").unlink()
-    score_comet(config, candidates, output)
-    assert len(seen) == 4 and read_table(output).num_rows == 3
-    score_comet(config, candidates, output)
-    assert len(seen) == 4
+    score_comet(config, candidates, output, 0.5)
+    assert len(seen) == 8
+    rows = read_table(output).to_pylist()
+    assert [row["scores"] for row in rows] == [{"comet": [0.8, 0.0]}] * 2 + [{"comet": [None, None]}]
+    assert [row["status"] for row in rows] == [{"comet": ["ok", "ok"]}] * 2 + [{"comet": ["nan", "nan"]}]
+    score_comet(config, candidates, output, 0.5)
+    assert len(seen) == 8
 
 
-def test_a_file_without_a_text_has_no_comet_scores(tmp_path):
-    source = make_candidates(tmp_path / "candidates", 1) + "/shard-0.parquet"
-    table = pq.read_table(source)
-    pq.write_table(set_column(table, "candidates", pa.array([[""]], TEXTS)), source)
-    score_file(source, str(tmp_path / "out.parquet"), lambda texts: [1.0] * len(texts))
-    assert read_table(str(tmp_path / "out.parquet"))["scores"].to_pylist() == [{"comet": [None]}]
+def test_bleurt_scores_a_text_of_nothing_as_the_model_does(bleurt):
+    scoring = BleurtScoring(model=bleurt)
+    rows = [
+        {"reference": "ein rotes haus", "candidates": ["das haus", "", "  "]},
+        {"reference": "der hund", "candidates": [""]},
+    ]
+    scorer, usual = TranslationScorer(scoring), BleurtScorer(scoring)
+    assert usual.score(rows)[0][1:] == [(None, "empty")] * 2
+    (text, nothing, blank), (other,) = scorer.score(rows)
+    assert text[0] == pytest.approx(usual.score(rows)[0][0][0], abs=1e-5)
+    ids = scorer.tokenizer.encode(["ein rotes haus"])[0]
+    pair = EncodedPair([scorer.tokenizer.cls_id, *ids, *[scorer.tokenizer.sep_id] * 2], len(ids) + 2, False)
+    (expected,) = score_encoded(scorer.model, [pair], 64, scorer.tokenizer.pad_id)
+    assert nothing == blank and nothing[1] == other[1] == "ok" and nothing[0] != other[0]
+    assert nothing[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_what_a_policy_cannot_answer_is_an_empty_text():
+    table = pa.table({"candidates": pa.array([["a", "b"], None], TEXTS), "num_unfinished": pa.array([1, None])})
+    table = set_column(table, "_kept", pa.array([True, False]))
+    table = policies.answer_dropped(set_column(table, "_dropped", pa.array([[], ["overlength"]], TEXTS)), 2)
+    assert table["candidates"].to_pylist() == [["a", "b"], ["", ""]]
+    assert table["unanswered"].to_pylist() == [None, "overlength"] and table["num_unfinished"].to_pylist() == [1, 0]
+    assert table["_kept"].to_pylist() == [True, True] and table["_dropped"].to_pylist() == [[], []]
 
 
 def test_what_pip_says_is_told_in_one_sentence(monkeypatch):

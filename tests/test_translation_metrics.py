@@ -25,6 +25,7 @@ from rayrm.evaluation.translation.metrics import (
     tokenizer_of,
 )
 from rayrm.evaluation.translation.policies import Answers
+from rayrm.evaluation.translation.report import tell_unscored
 
 SENTENCE = "ein roter Hund läuft über die grüne Wiese und zwei kleine Kinder stehen am alten Fluss"
 WORDS = SENTENCE.split()
@@ -55,7 +56,9 @@ def make_answers(rows, share, num_samples=1, seed=1, **scores):
     rng = np.random.default_rng(seed)
     samples = [[spoil(text, rng, share) for text in rows["reference"].to_pylist()] for _ in range(num_samples)]
     num = rows.num_rows
-    return Answers(samples, [0] * num, [False] * num, {name: np.array(value, float) for name, value in scores.items()})
+    faults = {name: {"nan": int(np.isnan(value).sum())} for name, value in scores.items()}
+    found = {name: np.array(value, float) for name, value in scores.items()}
+    return Answers(samples, [0] * num, [False] * num, found, faults)
 
 
 def rows_of(rows, pair, column="reference"):
@@ -261,7 +264,7 @@ def test_the_interval_of_a_mean_takes_the_rows_of_a_group_together():
     assert np.ptp(found["bleurt_interval"]) == pytest.approx(2 * 1.96 * 0.079, rel=0.1)
 
 
-def test_scores_that_are_not_there_are_in_no_mean_and_no_difference():
+def test_failed_scores_are_in_no_mean_and_on_neither_side_of_a_difference():
     rows = make_set(2)
     first = [1.0] * 5 + [0.0] * 5
     answers = {
@@ -271,7 +274,27 @@ def test_scores_that_are_not_there_are_in_no_mean_and_no_difference():
     result = measure(rows, answers, ("bleurt",))
     assert result.metrics["a"]["bleurt"] == 0.5 and result.metrics["b"]["bleurt"] == 0.25
     assert (result.metrics["a"]["bleurt_unscored"], result.metrics["b"]["bleurt_unscored"]) == (0, 5)
-    assert result.differences[0]["bleurt"] == 0.25
+    assert result.differences[0]["bleurt"] == 0.25 and result.differences[0]["bleurt_unscored"] == 5
+    assert tell_unscored(result, ["bleurt"]) == (
+        "5 rows of b have no BLEURT (5 nan); 5 rows are left out of both sides of b − a in BLEURT."
+    )
+    assert tell_unscored(measure(rows, {"a": answers["a"]}, ("bleurt",)), ["bleurt"]) == ""
+
+
+def test_silence_costs():
+    rows = make_set(12)
+    whole = make_answers(rows, 0.2)
+    silent = whole._replace(samples=[["" if i % 2 else text for i, text in enumerate(whole.samples[0])]])
+    (found,) = measure(rows, {"whole": whole, "silent": silent}).differences
+    assert found["bleu"] < -30 and found["chrf"] < -20
+    own = [
+        text
+        for text, row in zip(silent.samples[0], rows.to_pylist(), strict=True)
+        if (row["src_lang"], row["tgt_lang"]) == ("de", "fr")
+    ]
+    expected = BLEU(effective_order=True).corpus_score(own, [rows_of(rows, ("de", "fr"))]).score
+    assert "" in own
+    assert measure(rows, {"silent": silent}).metrics["silent"]["bleu/de-fr"] == pytest.approx(expected)
 
 
 def test_drift_is_counted():
@@ -279,7 +302,7 @@ def test_drift_is_counted():
     references = ["Собака бежит по мокрой траве", "Собака бежит по траве", "Собака лежит на траве", "Собака спит дома"]
     rows = [{**base, "reference": text} for text in references]
     texts = [["Собака бежит по мокрой траве", " a DOG runs  over the wet grass", "", "The dog sleeps at home"]]
-    answers = Answers(texts, [1, 0, 0, 0], [False, False, True, False], {})
+    answers = Answers(texts, [1, 0, 0, 0], [False, False, True, False], {}, {})
     found = measure_drift(rows, answers, LanguageGuess([("ru", t) for t in references] + [("en", base["source"])]))
     assert {name: found[name] for name in ("unfinished", "empty", "dropped", "source_copy")} == dict.fromkeys(
         ("unfinished", "empty", "dropped", "source_copy"), 0.25

@@ -6,6 +6,8 @@ candidates that have no scores yet; each is committed whole, as by any other sta
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from typing import Any
 
 import pyarrow as pa
@@ -14,10 +16,11 @@ from pydantic import Field
 
 from rayrm import cluster, files
 from rayrm.config import NOT_IDENTITY, Config
+from rayrm.counts import check_failures
 from rayrm.errors import ConfigError
-from rayrm.rows import NUMBERS
+from rayrm.rows import NUMBERS, TEXTS
 from rayrm.runs import INPUT, finish_run, start_run
-from rayrm.shards import list_files
+from rayrm.shards import list_files, read_table
 
 COLUMNS = ["set", "id", "lang", "source", "reference", "candidates"]
 
@@ -55,10 +58,11 @@ def check_comet(config: CometConfig) -> None:
         raise ConfigError(f"COMET does not import in its environment ({_told(config)}): {fault}; correct comet.pip.")
 
 
-def score_comet(config: CometConfig, candidates: str, output: str) -> str:
-    """Score Candidates rows; give the folder with rows of set, id, lang and `scores.comet`. What is done is kept.
+def score_comet(config: CometConfig, candidates: str, output: str, max_failed_fraction: float) -> str:
+    """Score Candidates rows; give the folder with rows of set, id, lang, `scores.comet` and `status.comet`.
 
-    Raises ConfigError when the environment cannot be made.
+    What is done is kept. Raises ConfigError when the environment cannot be made, and EvaluationError when more than
+    `max_failed_fraction` of the texts have no score.
     """
     job = CometJob(input=candidates, output=output, comet=config)
     if start_run(job):
@@ -66,7 +70,11 @@ def score_comet(config: CometConfig, candidates: str, output: str) -> str:
         missing = [(source, target) for source, target in paths.items() if not files.exists(target)]
         if missing:
             _run(config, _score_files, missing, config.model, config.batch_size, config.num_gpus)
-        finish_run(job, {"num_files": len(paths)})
+        statuses = read_table(output, ["status"])["status"].to_pylist()
+        words = Counter(word for row in statuses for word in row["comet"])
+        counts = {"read": len(statuses), "written": len(statuses), "dropped": {}, "status": {"comet": dict(words)}}
+        check_failures(counts, "comet", max_failed_fraction, output)
+        finish_run(job, {"counts": counts})
     return output
 
 
@@ -107,8 +115,6 @@ def _score_files(paths: list[tuple[str, str]], model: str, batch_size: int, num_
     network = load_from_checkpoint(model if model.endswith(".ckpt") else download_model(model))
 
     def predict(texts: list[dict[str, str]]) -> list[float]:
-        if not texts:
-            return []
         found = network.predict(texts, batch_size=batch_size, gpus=num_gpus, progress_bar=False, num_workers=1)
         return [float(score) for score in found.scores]
 
@@ -119,7 +125,7 @@ def _score_files(paths: list[tuple[str, str]], model: str, batch_size: int, num_
 def score_file(source: str, target: str, predict: Any) -> None:
     """Score the candidates of a file of rows with `predict` (texts with src, mt and ref → scores) into another file.
 
-    A candidate without text has no score.
+    A text of nothing is scored like any other; a score that is not finite is null, and its status `nan`.
     """
     fs, inner = files.filesystem(source)
     with fs.open(inner, "rb") as handle:
@@ -133,9 +139,12 @@ def score_file(source: str, target: str, predict: Any) -> None:
         for row in rows.to_pylist()
         for text in row["candidates"]
     ]
-    scores = iter(predict([text for text in texts if text["mt"]]))
-    flat = iter([next(scores) if text["mt"] else None for text in texts])
-    values = pa.array([[next(flat) for _ in texts] for texts in rows["candidates"].to_pylist()], NUMBERS)
-    struct = pa.StructArray.from_arrays([values], ["comet"])
+    scores = [score if math.isfinite(score) else None for score in predict(texts)]
+    kept = rows.select(["set", "id", "lang"])
+    words = ["nan" if score is None else "ok" for score in scores]
+    for column, values, kind in (("scores", scores, NUMBERS), ("status", words, TEXTS)):
+        flat = iter(values)
+        lists = [[next(flat) for _ in own] for own in rows["candidates"].to_pylist()]
+        kept = kept.append_column(column, pa.StructArray.from_arrays([pa.array(lists, kind)], ["comet"]))
     with files.atomic_file(target) as handle:
-        pq.write_table(rows.select(["set", "id", "lang"]).append_column("scores", struct), handle)
+        pq.write_table(kept, handle)

@@ -71,8 +71,8 @@ def measure_set(
 ) -> SetResult:
     """All metrics of the rows of a set that policies have answered.
 
-    A row that a policy could not answer is an empty text to BLEU and chrF. A text without a BLEURT or COMET score counts
-    in no mean of those, and a difference of them is over rows that both policies have a score for.
+    A row that a policy could not answer is an empty text, and an empty text is scored like any other. Only where BLEURT or
+    COMET failed is a row in no mean of theirs, and their differences are over rows that both policies have a score for.
     """
     table = rows.select(["source", "reference", "src_lang", "tgt_lang"]).to_pylist()
     pairs = [(row["src_lang"], row["tgt_lang"]) for row in table]
@@ -93,13 +93,16 @@ def measure_set(
             slices = slice_draws(draws[policy], resampler.pairs)
             found[policy] |= summarise(metric, slices, config.confidence)
             if metric in own.scores:
-                found[policy][f"{metric}_unscored"] = int((~np.isfinite(own.scores[metric])).sum())
+                found[policy][f"{metric}_unscored"] = int(np.isnan(own.scores[metric]).sum())
+                found[policy][f"{metric}_faults"] = own.faults[metric]
         for difference in differences:
             one, other = difference["policy"], difference["baseline"]
             if metric in SCORES:
                 gaps = draws[one] - draws[other]
             else:
-                gaps = _draw_mean(answers[one].scores[metric] - answers[other].scores[metric], resampler)
+                values = answers[one].scores[metric] - answers[other].scores[metric]
+                gaps = _draw_mean(values, resampler)
+                difference[f"{metric}_unscored"] = int(np.isnan(values).sum())
             slices = slice_draws(gaps, resampler.pairs)
             difference |= summarise_difference(metric, slices, config.confidence)
     return SetResult(len(table), resampler.num_groups, resampler.pairs, signatures, found, differences)

@@ -88,7 +88,7 @@ def _sections(name: str, result: SetResult, metrics: Sequence[str], config: Boot
     if result.differences:
         blocks += [differences_table(result, metrics, config), *_draw_differences(result, metrics)]
     blocks += _draw_matrices(result, metrics)
-    if unscored := _tell_unscored(result, metrics):
+    if unscored := tell_unscored(result, metrics):
         blocks.append(Text(unscored))
     drift: list[Block] = [drift_table(result), _drift_by_pair(result)]
     counting = [Section(f"{name}: how it was counted", [_signatures(result)])] if result.signatures else []
@@ -172,14 +172,19 @@ def _tiles(results: dict[str, SetResult], metrics: Sequence[str]) -> list[Tile]:
     return tiles
 
 
-def _tell_unscored(result: SetResult, metrics: Sequence[str]) -> str:
-    told = [
-        f"{found[f'{metric}_unscored']:,} rows of {policy} have no {TITLES[metric]}"
-        for policy, found in result.metrics.items()
-        for metric in metrics
-        if found.get(f"{metric}_unscored")
-    ]
-    return f"{'; '.join(told)}: empty texts have none, and count in no mean of it." if told else ""
+def tell_unscored(result: SetResult, metrics: Sequence[str]) -> str:
+    """The rows that a scorer failed on, and those that are therefore in no difference."""
+    told = []
+    for metric in metrics:
+        for policy, found in result.metrics.items():
+            if num := found.get(f"{metric}_unscored"):
+                words = ", ".join(f"{count:,} {word}" for word, count in found[f"{metric}_faults"].items())
+                told.append(f"{num:,} rows of {policy} have no {TITLES[metric]} ({words})")
+        for found in result.differences:
+            if num := found.get(f"{metric}_unscored"):
+                pair = f"{found['policy']} − {found['baseline']}"
+                told.append(f"{num:,} rows are left out of both sides of {pair} in {TITLES[metric]}")
+    return f"{'; '.join(told)}." if told else ""
 
 
 def _slices(result: SetResult) -> list[tuple[str, str]]:
