@@ -188,9 +188,10 @@ def second(model, *more):
 @pytest.mark.ray
 def test_two_policies_are_compared_and_nothing_is_done_twice(policy, translated, ray_cluster, tmp_path, capsys):
     asked, failing = translated
-    given = [*words(tmp_path, policy, "policies.0.seed=2"), *second(policy)]
-    # One caption is too long for every policy, so that nothing into English comes of it.
-    texts = {**TEXTS_BY_LANGUAGE, "eng_Latn": [*TEXTS_BY_LANGUAGE["eng_Latn"][:3], "too short to answer"]}
+    given = [*words(tmp_path, policy, "policies.0.seed=2", "shard_rows=30"), *second(policy)]
+    texts = {code: [f"{lines[i % 4]} {i}" for i in range(12)] for code, lines in TEXTS_BY_LANGUAGE.items()}
+    # Every policy drops what is too long for it, here one caption into English.
+    texts["eng_Latn"][7] = "too short to answer"
     make_flores(tmp_path / "flores", texts=texts)
     failing.add("second")
     with pytest.raises(CheckpointError, match="does not load"):
@@ -205,7 +206,8 @@ def test_two_policies_are_compared_and_nothing_is_done_twice(policy, translated,
     first, other = found["metrics"]["first"], found["metrics"]["second"]
     assert other["bleu/en-de"] == pytest.approx(100) and first["bleu/en-de"] < 60
     assert found["differences"][0]["chrf_interval/en-x"][0] > 0
-    assert first["dropped"] == first["empty"] == pytest.approx(2 / 24) and first["dropped/en-de"] == 0
+    assert first["dropped"] == first["empty"] == pytest.approx(2 / 72) and first["dropped/en-de"] == 0
+    assert read_table(str(tmp_path / "out/second/candidates"))["unanswered"].to_pylist().count("overlength") == 2
     assert other["bleu/de-en"] < 100
     shown = capsys.readouterr().out
     assert "second − first" in shown and "en → x" in shown and "dropped" in shown

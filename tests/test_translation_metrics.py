@@ -9,7 +9,14 @@ from sacrebleu.metrics import BLEU, CHRF
 
 from rayrm.errors import ConfigError
 from rayrm.evaluation.preferences import BootstrapConfig
-from rayrm.evaluation.translation.bootstrap import Resampler, slice_draws, summarise, summarise_difference
+from rayrm.evaluation.report import render
+from rayrm.evaluation.translation.bootstrap import (
+    MIN_GROUPS,
+    Resampler,
+    slice_draws,
+    summarise,
+    summarise_difference,
+)
 from rayrm.evaluation.translation.drift import LanguageGuess, distinct, measure_drift
 from rayrm.evaluation.translation.entropy import LOWEST, find_temperature
 from rayrm.evaluation.translation.matrices import make_matrix
@@ -25,7 +32,8 @@ from rayrm.evaluation.translation.metrics import (
     tokenizer_of,
 )
 from rayrm.evaluation.translation.policies import Answers
-from rayrm.evaluation.translation.report import tell_unscored
+from rayrm.evaluation.translation.report import build_report, differences_table, means_table, tell_unscored
+from rayrm.seeds import seed_of
 
 SENTENCE = "ein roter Hund läuft über die grüne Wiese und zwei kleine Kinder stehen am alten Fluss"
 WORDS = SENTENCE.split()
@@ -179,7 +187,7 @@ def test_texts_are_scored_on_one_line():
 def test_means_are_unweighted_over_pairs():
     pairs = [("en", "de"), ("en", "fr"), ("de", "en"), ("fr", "de")]
     draws = np.array([[10.0, 20.0, 40.0, 5.0], [1.0, np.nan, 3.0, np.nan]])
-    slices = slice_draws(draws, pairs)
+    slices = slice_draws(draws, pairs, [10] * 4)
     assert {name: values[0] for name, values in slices.items()} == {
         "": 18.75,
         "en-x": 15.0,
@@ -192,7 +200,11 @@ def test_means_are_unweighted_over_pairs():
     }
     # A draw without a row of a pair leaves that pair out.
     assert slices[""][1] == 2.0 and slices["en-x"][1] == 1.0 and np.isnan(slices["x-x"][1])
-    assert "x-x" not in slice_draws(draws[:, :3], pairs[:3])
+    assert "x-x" not in slice_draws(draws[:, :3], pairs[:3], [10] * 3)
+    # One pair of few groups takes the interval of every mean that it is in, and one without any is in none.
+    short = slice_draws(draws, pairs, [10, 9, 10, 0])
+    assert [len(short[name]) for name in ("", "en-x", "en-fr", "x-en", "en-de", "x-x")] == [1, 1, 1, 2, 2, 2]
+    assert short["en-x"][0] == 15.0
     found = summarise("bleu", slices, 0.95)
     assert found["bleu"] == 18.75 and found["bleu/x-x"] == 5.0 and found["bleu_interval/x-x"] is None
     matrix = make_matrix(found, "bleu", pairs)
@@ -209,6 +221,57 @@ def test_p_value_counts_resamples_on_the_rarer_side():
 
 def measure(rows, answers, metric_names=("bleu", "chrf"), num_resamples=200):
     return measure_set("s", rows, answers, metric_names, BootstrapConfig(num_resamples=num_resamples))
+
+
+def test_a_paired_resample_is_the_difference_of_two_corpus_scores_of_the_same_captions():
+    rows = make_set(12)
+    answers = {"a": make_answers(rows, 0.5, seed=1), "b": make_answers(rows, 0.3, seed=2)}
+    (found,) = measure(rows, answers, num_resamples=20).differences
+    table, groups = rows.to_pylist(), sorted(set(rows["group"].to_pylist()))
+    by_group = {name: [i for i, row in enumerate(table) if row["group"] == name] for name in groups}
+    rng = np.random.default_rng(seed_of(BootstrapConfig().seed, "translation", "s"))
+    resamples = [range(12), *rng.integers(0, 12, (20, 12)).tolist()]
+    for name, metric in (("bleu", BLEU(effective_order=True)), ("chrf", CHRF())):
+        draws = []
+        for resample in resamples:
+            drawn = [i for place in resample for i in by_group[groups[place]]]
+            gaps = []
+            for pair in PAIRS:
+                own = [i for i in drawn if (table[i]["src_lang"], table[i]["tgt_lang"]) == pair]
+                references = [[table[i]["reference"] for i in own]]
+                a, b = ([answers[policy].samples[0][i] for i in own] for policy in "ab")
+                gaps.append(metric.corpus_score(b, references).score - metric.corpus_score(a, references).score)
+            draws.append((np.mean(gaps), gaps[3]))
+        for place, end in enumerate(("", "/de-fr")):
+            value, *others = [draw[place] for draw in draws]
+            assert found[f"{name}{end}"] == pytest.approx(value)
+            assert found[f"{name}_interval{end}"] == pytest.approx(np.quantile(others, [0.025, 0.975]).tolist())
+            beyond = min(sum(gap <= 0 for gap in others), sum(gap >= 0 for gap in others)) + 1
+            assert found[f"{name}_p_value{end}"] == pytest.approx(min(1, 2 * beyond / 21))
+
+
+def test_few_captions_have_no_interval():
+    for num, is_there in ((MIN_GROUPS - 1, False), (MIN_GROUPS, True)):
+        rows = make_set(num)
+        scores = [0.5] * rows.num_rows
+        answers = {name: make_answers(rows, 0.4, seed=i, bleurt=scores) for i, name in enumerate("ab")}
+        result = measure(rows, answers, ("bleu", "bleurt"))
+        for metric in ("bleu", "bleurt"):
+            for end in ("", "/x-x", "/de-fr"):
+                assert (result.metrics["a"][f"{metric}_interval{end}"] is not None) == is_there
+                assert (result.differences[0][f"{metric}_interval{end}"] is not None) == is_there
+                assert (result.differences[0][f"{metric}_p_value{end}"] is not None) == is_there
+        config = BootstrapConfig(num_resamples=200)
+        cells = [row[2] for table in (means_table, differences_table) for row in table(result, ["bleu"], config).rows]
+        assert all(cell.endswith(" –") != is_there for cell in cells)
+        page = render(build_report({"s": result}, ["bleu", "bleurt"], {}, config))
+        assert "has fewer than 10" in page
+    # What a scorer failed on does not count: nine captions are left in every pair.
+    scores = [np.nan if row["group"] == "g0" else 0.5 for row in rows.to_pylist()]
+    failed = {"a": answers["a"], "b": make_answers(rows, 0.4, bleurt=scores)}
+    result = measure(rows, failed, ("bleurt",))
+    assert result.metrics["a"]["bleurt_interval"] == [0.5, 0.5]
+    assert result.metrics["b"]["bleurt_interval"] is result.differences[0]["bleurt_interval/de-fr"] is None
 
 
 def test_equal_policies_have_no_difference():

@@ -17,6 +17,8 @@ Ints = NDArray[np.int64]
 LangPair = tuple[str, str]
 ALL = ""
 """The mean over all language pairs."""
+MIN_GROUPS = 10
+"""Groups of a language pair with fewer of which there is no interval: resamples of a few are too much alike."""
 _CHUNK = 4_000_000
 
 
@@ -59,6 +61,11 @@ class Resampler:
             )
         return np.concatenate(found)
 
+    def slice(self, draws: Floats, is_known: NDArray[np.bool_] | None = None) -> dict[str, Floats]:
+        """`slice_draws` of draws; `is_known` tells the rows that they were made of, where those are not all."""
+        used = [rows if is_known is None else rows[is_known[rows]] for rows in self.rows]
+        return slice_draws(draws, self.pairs, [len(np.unique(self.groups[rows])) for rows in used])
+
     def _times(self) -> Iterator[Floats]:
         """How often each group is drawn, (draws, groups), a chunk of draws at a time; the same in every call."""
         yield np.ones((1, self.num_groups))
@@ -83,17 +90,18 @@ def direction_of(pair: LangPair) -> str:
     return f"{'en' if pair[0] == ENGLISH else 'x'}-{'en' if pair[1] == ENGLISH else 'x'}"
 
 
-def slice_draws(draws: Floats, pairs: Sequence[LangPair]) -> dict[str, Floats]:
+def slice_draws(draws: Floats, pairs: Sequence[LangPair], num_groups: Sequence[int]) -> dict[str, Floats]:
     """Draws (draws, pairs) by slice: unweighted means over all pairs and by direction, then the pairs.
 
-    A direction without a pair is left out; so are, in a draw's mean, pairs that it has no row of.
+    A direction without a pair is left out; so are, in a draw's mean, pairs that it has no row of. `num_groups` are the
+    groups of each pair: a slice that has a pair with fewer than `MIN_GROUPS` has its first draw alone, and so no interval.
     """
     directions = np.array([direction_of(pair) for pair in pairs])
-    slices = {ALL: _mean(draws)}
-    for name in ("en-x", "x-en", "x-x"):
-        if (chosen := directions == name).any():
-            slices[name] = _mean(draws[:, chosen])
-    return slices | {"-".join(pair): draws[:, place] for place, pair in enumerate(pairs)}
+    chosen = {ALL: np.ones(len(pairs), bool)}
+    chosen |= {name: own for name in ("en-x", "x-en", "x-x") if (own := directions == name).any()}
+    chosen |= {"-".join(pair): np.arange(len(pairs)) == place for place, pair in enumerate(pairs)}
+    few = np.array([0 < num < MIN_GROUPS for num in num_groups])
+    return {name: _mean(draws[: 1 if few[own].any() else None, own]) for name, own in chosen.items()}
 
 
 def _mean(draws: Floats) -> Floats:
@@ -103,7 +111,7 @@ def _mean(draws: Floats) -> Floats:
 
 
 def summarise(name: str, slices: dict[str, Floats], confidence: float) -> dict[str, Any]:
-    """`<name>/<slice>` and `<name>_interval/<slice>`, the middle `confidence` of the resamples; null where there is none."""
+    """`<name>/<slice>` and `<name>_interval/<slice>`, the middle `confidence` of the resamples; null where there are none."""
     found: dict[str, Any] = {}
     for suffix, draws in _by_suffix(slices):
         value, resamples = draws[0], draws[1:][np.isfinite(draws[1:])]
@@ -118,14 +126,14 @@ def summarise_difference(name: str, slices: dict[str, Floats], confidence: float
     """As `summarise`, of differences, with `<name>_p_value/<slice>`.
 
     The p-value is two-sided: twice the share of resamples that lie at or beyond zero, on the side where fewer do, the
-    whole set counted as one of them.
+    whole set counted as one of them; null without resamples.
     """
     found = summarise(name, slices, confidence)
     for suffix, draws in _by_suffix(slices):
         known = draws[np.isfinite(draws)]
         # The resamples are centred on the difference, so those beyond zero are as likely as it is under no difference.
-        beyond = min((known[1:] <= 0).sum(), (known[1:] >= 0).sum()) + 1 if len(known) else 1
-        found[f"{name}_p_value{suffix}"] = min(1.0, float(2 * beyond / len(known))) if len(known) else None
+        beyond = min((known[1:] <= 0).sum(), (known[1:] >= 0).sum()) + 1
+        found[f"{name}_p_value{suffix}"] = min(1.0, float(2 * beyond / len(known))) if len(known) > 1 else None
     return found
 
 

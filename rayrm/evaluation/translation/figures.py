@@ -41,18 +41,18 @@ def draw_matrix(matrix: Matrix, bounds: tuple[float, float], form: str) -> str:
 
 
 def draw_differences(found: dict[str, Any], metric: str, titles: Mapping[str, str]) -> str:
-    """A difference with its interval for each slice, by its title: blue above zero, red below, grey across it."""
+    """A difference with its interval for each slice, by its title: blue above zero, red below, grey across or without."""
     figure, axes = new_axes(5.4, 0.9 + 0.27 * len(titles))
     axes.axvline(0, color=INK, alpha=0.45, linewidth=1, linestyle=(0, (4, 3)))
     for place, name in enumerate(titles):
         suffix = f"/{name}" if name else ""
         value, interval = found[f"{metric}{suffix}"], found[f"{metric}_interval{suffix}"]
-        if value is None or interval is None:
+        if value is None:
             continue
-        low, high = interval
+        low, high = interval or (0.0, 0.0)
         colour = MODEL if low > 0 else MISS if high < 0 else GREY
         # A value may lie outside of its interval, where resamples are few.
-        error = [[max(value - low, 0.0)], [max(high - value, 0.0)]]
+        error = None if interval is None else [[max(value - low, 0.0)], [max(high - value, 0.0)]]
         axes.errorbar([value], [place], xerr=error, fmt="o", color=colour, markersize=5, capsize=3)
     axes.set_yticks(range(len(titles)), list(titles.values()))
     axes.set_ylim(len(titles) - 0.4, -0.6)

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from rayrm.config import Config
 from rayrm.evaluation.preferences import BootstrapConfig, Floats
-from rayrm.evaluation.translation.bootstrap import Resampler, slice_draws, summarise, summarise_difference
+from rayrm.evaluation.translation.bootstrap import Resampler, summarise, summarise_difference
 from rayrm.evaluation.translation.comet import CometConfig
 from rayrm.evaluation.translation.drift import LanguageGuess, measure_drift
 from rayrm.evaluation.translation.metrics import (
@@ -61,7 +61,8 @@ class SetResult(NamedTuple):
     signatures: dict[str, str]
     """`bleu/<target language>` and `chrf` to sacreBLEU's signature, which names BLEU's tokenizer."""
     metrics: dict[str, dict[str, Any]]
-    """By policy: `bleu` (mean over pairs), `bleu/en-x`, `bleu/en-de`, `bleu_interval/…`, shares and lengths."""
+    """By policy: `bleu` (mean over pairs), `bleu/en-x`, `bleu/en-de`, `bleu_interval/…`, shares and lengths; null where
+    there is no number, and for an interval of fewer than `MIN_GROUPS` groups."""
     differences: list[dict[str, Any]]
     """Of every two policies: `policy` minus `baseline`, `bleu/…`, `bleu_interval/…`, `bleu_p_value/…`."""
 
@@ -90,20 +91,19 @@ def measure_set(
         for policy, own in answers.items():
             draws[policy], counted = _draw(metric, own, table, resampler)
             signatures |= counted
-            slices = slice_draws(draws[policy], resampler.pairs)
-            found[policy] |= summarise(metric, slices, config.confidence)
-            if metric in own.scores:
-                found[policy][f"{metric}_unscored"] = int(np.isnan(own.scores[metric]).sum())
+            is_known = None if metric in SCORES else ~np.isnan(own.scores[metric])
+            found[policy] |= summarise(metric, resampler.slice(draws[policy], is_known), config.confidence)
+            if is_known is not None:
+                found[policy][f"{metric}_unscored"] = int((~is_known).sum())
                 found[policy][f"{metric}_faults"] = own.faults[metric]
         for difference in differences:
             one, other = difference["policy"], difference["baseline"]
             if metric in SCORES:
-                gaps = draws[one] - draws[other]
+                slices = resampler.slice(draws[one] - draws[other])
             else:
-                values = answers[one].scores[metric] - answers[other].scores[metric]
-                gaps = _draw_mean(values, resampler)
-                difference[f"{metric}_unscored"] = int(np.isnan(values).sum())
-            slices = slice_draws(gaps, resampler.pairs)
+                gaps = answers[one].scores[metric] - answers[other].scores[metric]
+                slices = resampler.slice(_draw_mean(gaps, resampler), ~np.isnan(gaps))
+                difference[f"{metric}_unscored"] = int(np.isnan(gaps).sum())
             difference |= summarise_difference(metric, slices, config.confidence)
     return SetResult(len(table), resampler.num_groups, resampler.pairs, signatures, found, differences)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from rayrm.evaluation.preferences import BootstrapConfig
 from rayrm.evaluation.report import Block, Figure, Figures, Report, Section, Table, Text, Tile, Tone
-from rayrm.evaluation.translation.bootstrap import direction_of
+from rayrm.evaluation.translation.bootstrap import MIN_GROUPS, direction_of
 from rayrm.evaluation.translation.drift import SHARES
 from rayrm.evaluation.translation.figures import draw_differences, draw_matrix
 from rayrm.evaluation.translation.matrices import make_matrix
@@ -19,6 +19,7 @@ TITLES = {"bleu": "BLEU", "chrf": "chrF", "bleurt": "BLEURT", "comet": "COMET"}
 SLICES = {"": "all", "en-x": "en → x", "x-en": "x → en", "x-x": "x → x"}
 FORMS = {"bleu": "{:.2f}", "chrf": "{:.2f}", "bleurt": "{:.4f}", "comet": "{:.4f}"}
 CELLS = {"bleu": "{:.1f}", "chrf": "{:.1f}", "bleurt": "{:.3f}", "comet": "{:.3f}"}
+NONE = "–"
 MAX_PAIRS = 100
 """Language pairs that a figure of differences shows by themselves."""
 
@@ -43,7 +44,7 @@ def means_table(result: SetResult, metrics: Sequence[str], config: BootstrapConf
     ]
     caption = (
         f"Unweighted means over language pairs; {config.confidence:.0%} intervals of {config.num_resamples:,} resamples "
-        "of whole groups."
+        f"of whole groups, – where a language pair has fewer than {MIN_GROUPS}."
     )
     return Table(["policy", "direction", *(TITLES[metric] for metric in metrics)], rows, caption, num_labels=2)
 
@@ -168,7 +169,7 @@ def _tiles(results: dict[str, SetResult], metrics: Sequence[str]) -> list[Tile]:
         if interval:
             tone = "good" if interval[0] > 0 else "bad" if interval[1] < 0 else "plain"
         value, note = _tell(found[metric], FORMS[metric]), _tell_interval(found, metric, "", FORMS[metric])
-        tiles.append(Tile(f"{TITLES[metric]} of {policy}", value, f"{note} on {name}", tone))
+        tiles.append(Tile(f"{TITLES[metric]} of {policy}", value, f"{note} on {name}".removeprefix(f"{NONE} "), tone))
     return tiles
 
 
@@ -197,18 +198,20 @@ def _slices(result: SetResult) -> list[tuple[str, str]]:
 def _with_interval(found: dict[str, Any], metric: str, suffix: str, sign: str = "") -> str:
     form = FORMS[metric].replace("{:", "{:" + sign)
     end = f"/{suffix}" if suffix else ""
-    told = f"{_tell(found[f'{metric}{end}'], form)} {_tell_interval(found, metric, end, form)}".rstrip()
+    if found[f"{metric}{end}"] is None:
+        return NONE
+    told = f"{_tell(found[f'{metric}{end}'], form)} {_tell_interval(found, metric, end, form)}"
     p_value = found.get(f"{metric}_p_value{end}")
     return told if p_value is None else f"{told} p={p_value:.3f}"
 
 
 def _tell_interval(found: dict[str, Any], metric: str, end: str, form: str) -> str:
     interval = found[f"{metric}_interval{end}"]
-    return "" if interval is None else f"[{form.format(interval[0])}, {form.format(interval[1])}]"
+    return NONE if interval is None else f"[{form.format(interval[0])}, {form.format(interval[1])}]"
 
 
 def _tell(value: float | None, form: str) -> str:
-    return "–" if value is None else form.format(value)
+    return NONE if value is None else form.format(value)
 
 
 def _count_pairs(results: dict[str, SetResult]) -> int:
