@@ -364,7 +364,7 @@ def test_bad_configs_are_told(policy, tmp_path):
     assert "several policies are called 'policy'" in fault(policies=good["policies"] * 2)
     sharp = {**good["policies"][0], "name": "sharp", "temperature": 1.0, "entropy_of": "policy"}
     assert "the policies with a temperature of their own are none" in fault(policies=[*good["policies"], sharp])
-    assert "set the highest temperature to try" in fault(policies=[{**sharp, "temperature": 0}])
+    assert "set the one to begin the search with" in fault(policies=[{**sharp, "temperature": 0}])
     assert "the folder prompts of the output" in fault(policies=[{"model": policy, "name": "prompts"}])
     assert "several sets are called 'flores'" in fault(sets=good["sets"] * 2)
     unknown = fault(sets=[{**good["sets"][0], "languages": ["en", "xx"]}])

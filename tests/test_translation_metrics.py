@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from sacrebleu.metrics import BLEU, CHRF
 
-from rayrm.errors import ConfigError
+from rayrm.errors import ConfigError, EvaluationError
 from rayrm.evaluation.preferences import BootstrapConfig
 from rayrm.evaluation.report import render
 from rayrm.evaluation.translation.bootstrap import (
@@ -18,7 +18,7 @@ from rayrm.evaluation.translation.bootstrap import (
     summarise_difference,
 )
 from rayrm.evaluation.translation.drift import LanguageGuess, distinct, measure_drift
-from rayrm.evaluation.translation.entropy import LOWEST, find_temperature
+from rayrm.evaluation.translation.entropy import HIGHEST, LOWEST, find_temperature
 from rayrm.evaluation.translation.matrices import make_matrix
 from rayrm.evaluation.translation.measuring import measure_set
 from rayrm.evaluation.translation.metrics import (
@@ -400,6 +400,20 @@ def test_a_temperature_is_found_by_the_entropy_that_it_gives():
         p /= p.sum()
         return float(-(p * np.log(p)).sum())
 
-    assert find_temperature(entropy, entropy(0.6), 1.0) == pytest.approx(0.6, abs=2e-3)
-    assert find_temperature(entropy, 5.0, 1.0) == 1.0
-    assert find_temperature(entropy, 0.0, 1.0) == pytest.approx(LOWEST, abs=2e-3)
+    tried = []
+
+    def measure(temperature):
+        tried.append(temperature)
+        return entropy(temperature)
+
+    # Below where it starts, just there, above it, and far above it.
+    for wanted in (0.06, 0.6, 1.0, 1.7, 11.0):
+        found = find_temperature(measure, entropy(wanted), 1.0, "Policy 'a'")
+        assert found == pytest.approx(wanted, rel=3e-3)
+    assert min(tried) >= LOWEST and max(tried) <= HIGHEST
+    with pytest.raises(
+        EvaluationError, match=r"Policy 'a' has .* 1\.38\d nats .* temperature 16, the highest .* 5\.000"
+    ):
+        find_temperature(measure, 5.0, 1.0, "Policy 'a'")
+    with pytest.raises(EvaluationError, match=r"at temperature 0\.05, the lowest .* less decided"):
+        find_temperature(measure, 0.0, 1.0, "Policy 'a'")

@@ -9,6 +9,7 @@ import numpy as np
 
 from rayrm import cluster, files
 from rayrm.config import find_told
+from rayrm.errors import EvaluationError
 from rayrm.rows import Prompt
 from rayrm.seeds import seed_of
 from rayrm.shards import read_table
@@ -18,19 +19,31 @@ if TYPE_CHECKING:
 
 NUM_PROMPTS = 512
 """Prompts that an entropy is measured on, drawn by a hash; the same ones for every policy."""
-LOWEST = 0.05
-"""The lowest temperature that is tried."""
+LOWEST, HIGHEST = 0.05, 16.0
+"""The lowest and the highest temperature that are tried."""
 NUM_HALVINGS = 9
 
 
-def find_temperature(measure: Callable[[float], float], wanted: float, highest: float) -> float:
-    """The temperature between `LOWEST` and `highest` whose entropy, as `measure` gives it, is nearest to `wanted`.
+def find_temperature(measure: Callable[[float], float], wanted: float, start: float, what: str) -> float:
+    """The temperature whose entropy, as `measure` gives it, is nearest to `wanted`; `what` is the policy in messages.
 
-    Entropy grows with the temperature; beyond either end, that end.
+    Entropy grows with the temperature: from `start` the temperature is doubled, or halved, until `wanted` lies between
+    two of them, and then sought there. Raises EvaluationError when it does not down to `LOWEST` or up to `HIGHEST`.
     """
-    low, high = LOWEST, highest
-    if measure(high) <= wanted:
-        return high
+    entropy = measure(start)
+    grows = entropy < wanted
+    factor, last = (2.0, HIGHEST) if grows else (0.5, LOWEST)
+    near = far = start
+    while (entropy < wanted) == grows and entropy != wanted:
+        if far == last:
+            raise EvaluationError(
+                f"{what} has an entropy of {entropy:.3f} nats a token at temperature {far:g}, the "
+                f"{'highest' if grows else 'lowest'} that is tried, and {wanted:.3f} are wanted; set entropy_of to a "
+                f"policy that is {'more' if grows else 'less'} decided, or leave it out."
+            )
+        near, far = far, min(far * factor, last) if grows else max(far * factor, last)
+        entropy = measure(far)
+    low, high = sorted((near, far))
     for _ in range(NUM_HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if measure(middle) < wanted else (low, middle)
@@ -41,14 +54,16 @@ def match_temperature(policy: Policy, other: Policy, prompts: str, output: str) 
     """`temperature` at which `policy` has the `entropy` of `other`, `wanted`, in nats a token; measured once.
 
     Both are means of −log p over the tokens that each draws at its own temperature for the same prompts of the Prompt
-    rows at `prompts`. What was found is kept in the folder `output`. Raises what the policies raise when they load.
+    rows at `prompts`; the search starts at the policy's own temperature. What was found is kept in the folder `output`.
+    Raises what the policies raise when they load, and EvaluationError when there is no such temperature.
     """
     where = files.join(output, "temperature.json")
     if not files.exists(where):
         rows = read_table(prompts).select(list(Prompt.columns)).to_pylist()
         rows = sorted(rows, key=lambda row: seed_of(0, row["id"], row["lang"]))[:NUM_PROMPTS]
         wanted = _measure(other, rows, lambda meter: meter(other.temperature))
-        found = _measure(policy, rows, lambda meter: find_temperature(meter, wanted, policy.temperature))
+        what = f"Policy '{policy.name}'"
+        found = _measure(policy, rows, lambda meter: find_temperature(meter, wanted, policy.temperature, what))
         entropy = _measure(policy, rows, lambda meter: meter(found))
         files.write_json(where, {"temperature": found, "entropy": entropy, "wanted": wanted})
     kept: dict[str, float] = files.read_json(where)

@@ -42,7 +42,7 @@ class Policy(SamplingConfig):
     num_candidates: int = Field(1, ge=1)
     """Translations of each row; corpus metrics are taken of the first ones, the second ones … and averaged."""
     temperature: float = Field(0.0, ge=0)
-    """Divisor of the logits; 0 for greedy decoding. With entropy_of, the highest one that is tried."""
+    """Divisor of the logits; 0 for greedy decoding. With entropy_of, where the search begins."""
     entropy_of: str | None = None
     """Name of another policy: this one draws at the temperature at which its entropy is that of the other."""
     max_tokens: int = Field(768, ge=1)
@@ -51,7 +51,9 @@ class Policy(SamplingConfig):
     @model_validator(mode="after")
     def _draws(self) -> Policy:
         if self.entropy_of is not None and not self.temperature:
-            raise ValueError(f"entropy_of is {self.entropy_of}, and temperature 0; set the highest temperature to try")
+            raise ValueError(
+                f"entropy_of is {self.entropy_of}, and temperature 0; set the one to begin the search with"
+            )
         return self
 
     @field_validator("name")
