@@ -1,10 +1,12 @@
 """The translation job: sets, two policies, resume, one run with a real vLLM and BLEURT, bad input."""
 
 import csv
+import importlib.util
 import json
 import os
 import sys
 import types
+import zipfile
 
 import numpy as np
 import pyarrow as pa
@@ -345,6 +347,54 @@ def test_an_environment_that_cannot_be_made_is_told_in_one_sentence(ray_cluster,
         ConfigError, match=r"COMET's environment \(pip: .*no_such_package\) cannot be made: .*comet\.pip"
     ):
         check_comet(CometConfig(pip=[str(missing)]))
+
+
+STAND_IN = """
+import json, os, sys
+from types import SimpleNamespace
+
+class Network:
+    def __init__(self, path):
+        self.path = path
+
+    def predict(self, texts, batch_size, gpus, progress_bar, num_workers):
+        with open(self.path + ".told", "a") as handle:
+            print(json.dumps({"pid": os.getpid(), "prefix": sys.prefix, "package": __file__}), file=handle)
+        return SimpleNamespace(scores=[len(text["mt"]) / 8 for text in texts])
+
+load_from_checkpoint = Network
+download_model = None
+"""
+
+
+def make_wheel(folder, name, code):
+    """A wheel of one module, which pip installs without asking any registry or building anything."""
+    path, info = folder / f"{name}-0.1-py3-none-any.whl", f"{name}-0.1.dist-info"
+    held = {
+        f"{name}/__init__.py": code,
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    with zipfile.ZipFile(path, "w") as wheel:
+        for inner, text in {**held, f"{info}/RECORD": "".join(f"{inner},,\n" for inner in held)}.items():
+            wheel.writestr(inner, text)
+    return str(path)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_comet_scores_come_from_an_environment_of_its_own(ray_cluster, tmp_path):
+    assert importlib.util.find_spec("comet") is None
+    model = tmp_path / "model.ckpt"
+    model.touch()
+    config = CometConfig(model=str(model), pip=[make_wheel(tmp_path, "comet", STAND_IN)])
+    check_comet(config)
+    output = score_comet(config, make_candidates(tmp_path / "candidates"), str(tmp_path / "comet"), 0)
+    assert read_table(output)["scores"].to_pylist() == [{"comet": [1.0, 0.0]}] * 3
+    calls = [json.loads(line) for line in (tmp_path / "model.ckpt.told").read_text().splitlines()]
+    # One task loads the model once for all three files, in a process whose Python is not this one.
+    assert len(calls) == 3 and len({call["pid"] for call in calls}) == 1 and calls[0]["pid"] != os.getpid()
+    assert "runtime_resources/pip" in calls[0]["prefix"] and calls[0]["package"].startswith(calls[0]["prefix"])
 
 
 def test_bad_configs_are_told(policy, tmp_path):
