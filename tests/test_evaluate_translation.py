@@ -224,6 +224,14 @@ def test_two_policies_are_compared_and_nothing_is_done_twice(policy, translated,
     assert asked == [] and capsys.readouterr().out == shown
     with pytest.raises(OutputExistsError, match="max_tokens"):
         evaluate_translation.main([*given, "policies.1.max_tokens=5"])
+    # As a kill leaves it: one policy is done, of the other one a shard is missing, and nothing is measured.
+    paths = list_files(str(tmp_path / "out/second/candidates"))
+    for path in (paths[1], tmp_path / "out/second/candidates/run.json", tmp_path / "out/run.json"):
+        os.remove(path)
+    before = {path: os.stat(path).st_mtime_ns for path in [*shards, paths[0], paths[2]]}
+    evaluate_translation.main(given)
+    assert asked == ["second"] and capsys.readouterr().out == shown
+    assert {path: os.stat(path).st_mtime_ns for path in before} == before and os.path.exists(paths[1])
 
 
 @pytest.mark.slow
@@ -347,6 +355,16 @@ def test_an_environment_that_cannot_be_made_is_told_in_one_sentence(ray_cluster,
         ConfigError, match=r"COMET's environment \(pip: .*no_such_package\) cannot be made: .*comet\.pip"
     ):
         check_comet(CometConfig(pip=[str(missing)]))
+
+
+def test_a_policy_that_answers_nothing_is_told(policy, tmp_path):
+    own = policies.Policy(model=policy, name="mute")
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"unanswered": pa.array(["overlength", None])}), path)
+    assert policies._count_unanswered(str(tmp_path), own) == {"unanswered": {"overlength": 1}}
+    pq.write_table(pa.table({"unanswered": ["overlength", "no_anchor", "overlength"]}), path)
+    with pytest.raises(EvaluationError, match=r"'mute' could answer none of the 3 rows \(2 overlength, 1 no_anchor\)"):
+        policies._count_unanswered(str(tmp_path), own)
 
 
 STAND_IN = """

@@ -75,7 +75,8 @@ def drift_table(result: SetResult) -> Table:
         for policy, found in result.metrics.items()
     ]
     caption = (
-        "Shares of all texts. A dropped row had no answer, such as one too long for the model, and counts as empty. "
+        "Shares of all texts. A dropped row had no answer, such as one too long for the model, and counts as empty; what is "
+        "empty is scored by every metric. "
         "Wrong language: a text that looks more like another language of the set, by three characters at a time, learned "
         "from the set's own texts. Length is in characters by those of the references. Distinct: different tokens, and "
         "pairs of tokens, by all of them."
@@ -107,7 +108,7 @@ def _draw_differences(result: SetResult, metrics: Sequence[str]) -> list[Block]:
                 Figure(
                     draw_differences(found, metric, titles),
                     f"{TITLES[metric]}: {found['policy']} − {found['baseline']}",
-                    "Blue where the whole interval is above zero, red where it is below.",
+                    "Blue where the whole interval is above zero, red where it is below, grey elsewhere.",
                 )
                 for metric in metrics
             ]
