@@ -73,11 +73,12 @@ def expected(served_model):
 # Rewards.
 
 
-def test_rewards_are_those_of_the_offline_path_in_any_company(client, expected):
+def test_rewards_are_those_of_the_offline_path_in_any_company(client, replica, expected):
     assert np.std(expected) > 0.05
     together = client.post("/v1/rewards", {"items": [{"prompt": PROMPT, "completions": TEXTS}]}).json()
     assert [found["reward"] for found in together["items"][0]["completions"]] == pytest.approx(expected, abs=1e-5)
     assert together["model"] == "small" and together["usage"]["total_tokens"] > 40
+    assert together["revision"] == replica.revision == "d1"
 
     async def alone(text):
         body = {"items": [{"prompt": [{"role": "user", "content": PROMPT}], "completions": [text]}], "model": "tiny"}
@@ -89,6 +90,24 @@ def test_rewards_are_those_of_the_offline_path_in_any_company(client, expected):
     found = client.run(all_at_once())
     assert [each["reward"] for each in found] == pytest.approx(expected * 8, abs=1e-5)
     assert {each["status"] for each in found} == {"ok"}
+
+
+def test_answers_of_two_revisions_are_no_reply(replica, monkeypatch):
+    answers = []
+
+    class Both:
+        """Every second question goes to a replica that holds the next revision."""
+
+        async def answer(self, questions, deadline_s):
+            found = await replica.answer(questions, deadline_s)
+            answers.append([[answer._replace(revision=f"d{len(answers)}") for answer in each] for each in found])
+            return answers[-1]
+
+    item = {"prompt": PROMPT, "completions": ["x"]}
+    reply = make_client(Both()).post("/v1/rewards", {"items": [item] * 65})
+    assert reply.status_code == 503 and reply.headers["retry-after"] == "1" and len(answers) == 2
+    assert "being replaced, and revisions d0 and d1 answered; ask again" in reply.json()["error"]["message"]
+    assert make_client(Both()).post("/v1/rewards", {"items": [item]}).json()["revision"] == "d2"
 
 
 def test_wanted_outputs_are_told_and_others_are_null(client, expected):

@@ -7,6 +7,7 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from rayrm import files
 from rayrm.models.folders import check_safetensors
 from rayrm.scoring.bleurt import BleurtScorer, find_fault
 from rayrm.serving.autoscaling import WAIT
@@ -33,6 +34,7 @@ class BleurtReplica:
         self.config = ServedBleurt.model_validate(values)
         check_safetensors(self.config.model)
         self.scorer = BleurtScorer(self.config.scoring())
+        self.revision = files.fingerprint(self.config.model).partition(":")[2]
         (warm,) = encode_pairs(self.scorer.tokenizer, [("word " * WARM_WORDS, "word")], self.scorer.max_length)
         self.batcher = make_batcher(self.config, self._run, Item(None, warm, len(warm.ids)), is_padded=True)
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
@@ -48,11 +50,17 @@ class BleurtReplica:
 
     async def facts(self) -> dict[str, Any]:
         """What the gateway tells of the model; also the proof that it is ready."""
-        return {"readout": "bleurt", "max_length": self.scorer.max_length, "wait_s": self.batcher.wait_s()}
+        return {
+            "revision": self.revision,
+            "readout": "bleurt",
+            "max_length": self.scorer.max_length,
+            "wait_s": self.batcher.wait_s(),
+        }
 
     async def answer(self, questions: list[Question], deadline_s: float) -> list[list[Answer]]:
         """An answer for each candidate of each Reference, within `deadline_s` seconds; other questions are errors."""
-        return await asyncio.gather(*(self._answer(question, deadline_s) for question in questions))
+        found = await asyncio.gather(*(self._answer(question, deadline_s) for question in questions))
+        return [[answer._replace(revision=self.revision) for answer in answers] for answers in found]
 
     async def compare(self, questions: list[Completions], deadline_s: float) -> list[Verdict]:
         """Nothing but errors."""

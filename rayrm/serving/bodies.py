@@ -97,6 +97,8 @@ class RewardsReply(BaseModel):
 
     id: str
     model: str
+    revision: str | None
+    """What stands for the weights of the model that gave all of it; null where no model was there in time."""
     items: list[RewardedItem]
     usage: Usage
 
@@ -137,6 +139,8 @@ class PairsReply(BaseModel):
 
     id: str
     model: str
+    revision: str | None
+    """As that of /v1/rewards."""
     pairs: list[ComparedPair]
     usage: Usage
 
@@ -177,6 +181,8 @@ class BestOfNReply(BaseModel):
 
     id: str
     model: str
+    revision: str | None
+    """As that of /v1/rewards."""
     best: list[Ranked]
     unscored: list[Unranked]
     usage: Usage
@@ -216,6 +222,8 @@ class BleurtReply(BaseModel):
 
     id: str
     model: str
+    revision: str | None
+    """As that of /v1/rewards."""
     items: list[list[Scored]]
     usage: Usage
 

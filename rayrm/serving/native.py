@@ -28,7 +28,7 @@ from rayrm.serving.bodies import (
     usage,
 )
 from rayrm.serving.questions import RETRYABLE, Answer, Completions, Reference, Verdict
-from rayrm.serving.service import Service, refuse
+from rayrm.serving.service import RequestError, Service, refuse
 
 
 def native_routes(service: Service) -> APIRouter:
@@ -62,7 +62,9 @@ def native_routes(service: Service) -> APIRouter:
             )
             for question, answers, rows in zip(questions, found, ids, strict=True)
         ]
-        return RewardsReply(id=_id(request), model=model.config.name, items=items, usage=usage(flat))
+        return RewardsReply(
+            id=_id(request), model=model.config.name, revision=_revision(flat), items=items, usage=usage(flat)
+        )
 
     @router.post("/v1/rewards/pairs")
     async def pairs(body: PairsBody, request: Request) -> PairsReply:
@@ -71,7 +73,8 @@ def native_routes(service: Service) -> APIRouter:
         found = await service.compare(body.model, questions, body.deadline_s)
         _refuse_if_all_may_be_had_later(found)
         name = service.find(body.model).config.name
-        return PairsReply(id=_id(request), model=name, pairs=[_compared(v) for v in found], usage=usage(found))
+        compared = [_compared(v) for v in found]
+        return PairsReply(id=_id(request), model=name, revision=_revision(found), pairs=compared, usage=usage(found))
 
     @router.post("/v1/best_of_n")
     async def best_of_n(body: BestOfNBody, request: Request) -> BestOfNReply:
@@ -91,7 +94,14 @@ def native_routes(service: Service) -> APIRouter:
             if answer.reward is None
         ]
         name = service.find(body.model).config.name
-        return BestOfNReply(id=_id(request), model=name, best=ranked[: body.n], unscored=unscored, usage=usage(answers))
+        return BestOfNReply(
+            id=_id(request),
+            model=name,
+            revision=_revision(answers),
+            best=ranked[: body.n],
+            unscored=unscored,
+            usage=usage(answers),
+        )
 
     @router.post("/v1/bleurt")
     async def bleurt(body: BleurtBody, request: Request) -> BleurtReply:
@@ -107,7 +117,8 @@ def native_routes(service: Service) -> APIRouter:
             [Scored(score=a.reward, status=a.status, detail=a.detail, num_tokens=a.num_tokens) for a in answers]
             for answers in found
         ]
-        return BleurtReply(id=_id(request), model=service.find(name).config.name, items=items, usage=usage(flat))
+        model = service.find(name).config.name
+        return BleurtReply(id=_id(request), model=model, revision=_revision(flat), items=items, usage=usage(flat))
 
     return router
 
@@ -120,6 +131,15 @@ def _id(request: Request) -> str:
 def _refuse_if_all_may_be_had_later(answers: Sequence[Answer | Verdict]) -> None:
     if answers and all(answer.status in RETRYABLE for answer in answers):
         refuse(answers[0], "Every item")
+
+
+def _revision(answers: Sequence[Answer | Verdict]) -> str | None:
+    """What gave all answers. Raises RequestError 503 where replicas of two revisions did, of which one is on its way."""
+    found = sorted({answer.revision for answer in answers if answer.revision is not None})
+    if len(found) > 1:
+        told = f"The model is being replaced, and revisions {' and '.join(found)} answered; ask again."
+        raise RequestError(503, "OverloadedError", told, 1.0)
+    return found[0] if found else None
 
 
 def _rewarded(answer: Answer, ids: list[int] | None, outputs: Sequence[str]) -> Rewarded:

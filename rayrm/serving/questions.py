@@ -92,6 +92,8 @@ class Answer(NamedTuple):
     """Tokens of that batch, padding included."""
     retry_after_s: float = 0.0
     """Seconds after which asking again may help, where it was refused."""
+    revision: str | None = None
+    """What stands for the weights of the model that answered; null where none did."""
 
 
 class Verdict(NamedTuple):
@@ -109,3 +111,5 @@ class Verdict(NamedTuple):
     """Tokens of all conversations that were read for it."""
     retry_after_s: float = 0.0
     """Seconds after which asking again may help, where it was refused."""
+    revision: str | None = None
+    """As that of an answer."""

@@ -106,7 +106,10 @@ class RewardReplica:
         encoded = await self._encode(lambda: [self._question(question) for question in questions])
         found = await asyncio.gather(*(self._answer(rows, deadline_s) for rows in encoded))
         return [
-            [self._calibrate(answer, getattr(question, "lang", None)) for answer in answers]
+            [
+                self._calibrate(answer, getattr(question, "lang", None))._replace(revision=self.revision)
+                for answer in answers
+            ]
             for question, answers in zip(questions, found, strict=True)
         ]
 
@@ -114,7 +117,8 @@ class RewardReplica:
         """Which of the two completions of each question is better."""
         readout, renderer = self.rewarder.readout, self.rewarder.renderer
         if not isinstance(readout, Comparison):
-            return [_by_rewards(*answers) for answers in await self.answer(list(questions), deadline_s)]
+            found = [_by_rewards(*answers) for answers in await self.answer(list(questions), deadline_s)]
+            return [verdict._replace(revision=self.revision) for verdict in found]
 
         def both(question: Completions) -> Sequence[Encoded]:
             texts = [turn["content"] for turn in question.prompt]
@@ -127,7 +131,8 @@ class RewardReplica:
                 return [Encoded([], [], "error")]
 
         encoded = await self._encode(lambda: list(map(both, questions)))
-        return await asyncio.gather(*(self._compare(rows, deadline_s) for rows in encoded))
+        verdicts = await asyncio.gather(*(self._compare(rows, deadline_s) for rows in encoded))
+        return [verdict._replace(revision=self.revision) for verdict in verdicts]
 
     async def tokenize(self, question: Question) -> list[list[int]]:
         """The token ids that the model would read of each completion or conversation; of a prompt without completions,
