@@ -1,6 +1,8 @@
 """The client against a real server on a port, with the whole application behind it."""
 
 import asyncio
+import json
+import math
 import threading
 import time
 
@@ -20,9 +22,9 @@ replica, expected = base.replica, base.expected
 class Server:
     """An ASGI application on a port, that can be told to fail first."""
 
-    def __init__(self, app):
+    def __init__(self, app, port=None):
         self.app, self.failures, self.requests = app, [], 0
-        self.port = free_port()
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.server = uvicorn.Server(uvicorn.Config(self, host="127.0.0.1", port=self.port, log_level="error"))
         self.thread = threading.Thread(target=self.server.run)
@@ -103,8 +105,8 @@ def test_single_items_that_there_was_no_time_for_are_sent_again(server, expected
     class Late(AsyncRewardClient):
         posts = []
 
-        async def _post(self, path, body):
-            found = await super()._post(path, body)
+        async def _post(self, path, body, end):
+            found = await super()._post(path, body, end)
             self.posts.append(len(body["items"]))
             if len(self.posts) == 1:
                 found["items"][1]["completions"][0] |= {"reward": None, "status": "overloaded"}
@@ -131,6 +133,165 @@ def test_refusals_and_silence_are_errors_that_tell(server):
         client.models()
     server.failures = [(503, [(b"retry-after", b"30")])]
     with RewardClient(server.url, key="s3cret", timeout_s=2) as client, pytest.raises(ServiceError, match="not now"):
+        client.models()
+
+
+def answering(server, monkeypatch, *replies):
+    """Let the server answer in turn with what is given: bytes as they are, functions of its own reply, the last one on
+    and on."""
+    left = list(replies)
+
+    async def changed(scope, receive, send):
+        told = left.pop(0) if len(left) > 1 else left[0]
+        if isinstance(told, bytes):
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/html")]})
+            await send({"type": "http.response.body", "body": told})
+            return
+        parts = []
+
+        async def collect(message):
+            parts.append(message)
+
+        await app(scope, receive, collect)
+        body = json.loads(b"".join(part.get("body", b"") for part in parts))
+        await send({"type": "http.response.start", "status": parts[0]["status"], "headers": []})
+        await send({"type": "http.response.body", "body": json.dumps(told(body)).encode()})
+
+    app = server.app
+    monkeypatch.setattr(server, "app", changed)
+
+
+def first(**values):
+    """A reply whose first reward has other values; those that are None are left out."""
+
+    def change(body):
+        rewards = body["items"][0]["completions"]
+        rewards[0] = {name: value for name, value in (rewards[0] | values).items() if value is not ...}
+        return body
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("reply", "told"),
+    [
+        (b"<html>\n<h1>Welcome</h1>", r"no JSON but text/html, '<html> <h1>Welcome</h1>'"),
+        (b"", "no JSON but text/html, ''"),
+        (b"null", "it: Input should be a valid dictionary"),
+        (b"[" * 100_000, "no JSON"),
+        (lambda body: [body], "it: Input should be a valid dictionary"),
+        (lambda body: {"rewards": [1.0, 2.0]}, "model: Field required"),
+        (lambda body: body | {"items": body["items"][:1]}, "answers to 1 questions, and 2 were asked"),
+        (lambda body: body | {"items": body["items"] * 2}, "answers to 4 questions, and 2 were asked"),
+        (
+            lambda body: body | {"items": [{"completions": []}, body["items"][1]]},
+            "0 answers to question 0, which has 4 items",
+        ),
+        (first(reward=math.nan), r"items\.0\.completions\.0\.reward: Input should be a finite number, not nan"),
+        (first(reward=math.inf), "finite number, not inf"),
+        (first(reward="2.5"), "valid number, not '2.5'"),
+        (first(reward=True), "valid number, not True"),
+        (first(reward=...), r"items\.0\.completions\.0\.reward: Field required\)"),
+        (first(status=...), r"status: Field required\)"),
+        (first(reward=None), "the status is 'ok', and the number None"),
+        (first(status="error"), "the status is 'error', and the number -?[0-9.]+"),
+        (first(calibrated=math.nan), "finite number, not nan"),
+    ],
+)
+def test_what_is_no_reply_is_an_error_and_no_reward(server, client, monkeypatch, reply, told):
+    answering(server, monkeypatch, reply)
+    where = f"'/v1/rewards' at '{server.url}' was answered with what is no reply of a rayrm service"
+    with pytest.raises(ServiceError, match=f"{where} .*{told}"):
+        client.rewards([Query(PROMPT, TEXTS), Query(PROMPT, TEXTS[:1])])
+
+
+def test_pairs_and_models_must_be_what_they_are_too(server, client, monkeypatch):
+    def change(**values):
+        return lambda body: body | {"pairs": [body["pairs"][0] | values]}
+
+    for values, told in [
+        ({"better": "third"}, "pairs.0.better"),
+        ({"probability": 1.5}, "less than or equal to 1"),
+        ({"probability": None}, "the status is 'ok', and the number None"),
+    ]:
+        answering(server, monkeypatch, change(**values))
+        with pytest.raises(ServiceError, match=f"what is no reply of a rayrm service .*{told}"):
+            client.compare([Pair(PROMPT, *TEXTS[:2])])
+    for reply in (b"<html>", b'{"data": {}}', b'{"data": [{"name": "x"}]}', b"{}"):
+        answering(server, monkeypatch, reply)
+        with pytest.raises(ServiceError, match=r"'/v1/models' at '.*' was answered with what is no reply"):
+            client.models()
+
+
+def test_a_server_that_is_swapped_between_two_replies_is_found_out(server, client, monkeypatch, expected):
+    assert client.rewards([Query(PROMPT, TEXTS[:1])])[0][0].status == "ok"
+    told = (
+        r"'small' at '.*' was revision d1 when this run began and is {} now, and rewards of two models must not be mi"
+    )
+    for revision, found in (("d2", "d2"), (None, "one that it does not tell")):
+        answering(server, monkeypatch, lambda body, revision=revision: body | {"revision": revision})
+        with pytest.raises(ServiceError, match=told.format(found)):
+            client.rewards([Query(PROMPT, TEXTS)])
+        with pytest.raises(ServiceError, match=told.format(found)):
+            client.compare([Pair(PROMPT, *TEXTS[:2])])
+    # A reply without a number comes from no model that could be another one.
+    answering(server, monkeypatch, lambda body: first(reward=None, status="nan")(body) | {"revision": None})
+    assert client.rewards([Query(PROMPT, TEXTS[:1])])[0][0].status == "nan"
+    # Within one call, too.
+    answering(server, monkeypatch, lambda body: body, lambda body: body | {"revision": "d2"})
+    with (
+        RewardClient(server.url, key="s3cret", batch_size=1, max_in_flight=1) as client,
+        pytest.raises(ServiceError, match=told.format("d2")),
+    ):
+        client.rewards([Query(PROMPT, [text]) for text in TEXTS])
+
+
+def test_all_tries_of_a_request_share_one_deadline(server):
+    with RewardClient(server.url, key="s3cret", timeout_s=2) as client:
+        for failures, told in (
+            ([(503, [(b"retry-after", b"1")])] * 9, "not now"),
+            ([(500, [])] * 99, "not now"),
+            ([(429, [(b"retry-after", b"30")])], "not now"),
+        ):
+            server.failures, began = list(failures), time.monotonic()
+            with pytest.raises(ServiceError, match=f"has not answered /v1/rewards within 2 s .{told}"):
+                client.rewards([Query(PROMPT, TEXTS)])
+            assert time.monotonic() - began < 3
+            server.failures = []
+
+
+def test_a_server_that_never_answers_or_drips_is_given_up_in_time(server, monkeypatch):
+    async def dripping(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(40):
+            await asyncio.sleep(0.1)
+            await send({"type": "http.response.body", "body": b" ", "more_body": True})
+
+    monkeypatch.setattr(server, "app", dripping)
+    with RewardClient(server.url, key="s3cret", timeout_s=1) as client:
+        began = time.monotonic()
+        with pytest.raises(ServiceError, match=r"has not answered /v1/rewards within 1 s \(it was still at work\)"):
+            client.rewards([Query(PROMPT, TEXTS)])
+        assert time.monotonic() - began < 2
+
+
+def test_items_that_there_is_no_time_for_until_the_end_say_so_and_others_are_kept(server, monkeypatch, expected):
+    answering(server, monkeypatch, first(reward=None, status="overloaded"))
+    with RewardClient(server.url, key="s3cret", timeout_s=1.5) as client:
+        began = time.monotonic()
+        found = client.rewards([Query(PROMPT, TEXTS[:1]), Query(PROMPT, TEXTS[1:2])])
+    assert time.monotonic() - began < 2.5 and [each[0].status for each in found] == ["overloaded", "ok"]
+    assert found[1][0].reward == pytest.approx(expected[1], abs=1e-5)
+
+
+def test_a_server_that_is_not_there_yet_is_waited_for(server, expected):
+    port = free_port()
+    threading.Timer(1.0, lambda: started.append(Server(server.app, port))).start()
+    started = []
+    with RewardClient(f"http://127.0.0.1:{port}", key="s3cret", timeout_s=20) as client:
+        assert client.rewards([Query(PROMPT, TEXTS)])[0][0].reward == pytest.approx(expected[0], abs=1e-5)
+    started[0].stop()
+    with RewardClient("127.0.0.1:8000") as client, pytest.raises(ServiceError, match="cannot be asked for at '127"):
         client.models()
 
 

@@ -400,41 +400,57 @@ def test_a_calibration_that_the_service_lacks_is_found_before_the_start(server, 
 
 def tell(monkeypatch, **facts):
     """Let the service tell other facts of its models."""
-    models = service.Client.models
+    models = service.AsyncRewardClient.models
 
     async def changed(self):
         return [{**model, **facts} for model in await models(self)]
 
-    monkeypatch.setattr(service.Client, "models", changed)
+    monkeypatch.setattr(service.AsyncRewardClient, "models", changed)
 
 
-def test_rewards_of_two_revisions_are_not_mixed(server, monkeypatch):
+def test_rewards_of_two_revisions_are_not_mixed(server, replica, monkeypatch):
     rows = candidates()
     scorer = service.ServiceScorer(ServiceScoring(endpoint=server.url))
-    assert scorer.served.revision == "d1"
+    assert scorer.revision == "d1"
     before = scorer.score(rows)
     with monkeypatch.context() as asleep:
         tell(asleep, revision=None)
-        assert scorer.score(rows) == before
-    tell(monkeypatch, revision="d2")
+        late = service.ServiceScorer(ServiceScoring(endpoint=server.url))
+        assert late.revision is None and late.score(rows) == before and late.revision == "d1"
+    monkeypatch.setattr(replica, "revision", "d2")
     told = r"'small' at '.*' was revision d1 when this run began and is d2 now, and rewards of two models must not"
-    with pytest.raises(ServiceError, match=told):
-        scorer.score(rows)
-    with pytest.raises(ServiceError, match=told):
-        scorer.compare([(rows[0], rows[0])])
+    for each in (scorer, late):
+        with pytest.raises(ServiceError, match=told):
+            each.score(rows)
+        with pytest.raises(ServiceError, match=told):
+            each.compare([(rows[0], rows[0])])
     # A run that begins now takes the second one.
     assert service.ServiceScorer(ServiceScoring(endpoint=server.url)).score(rows) == before
+
+
+def test_an_actor_takes_replies_of_the_revision_that_its_run_began_with_alone(server, replica, monkeypatch):
+    from rayrm.training.ppo.scorers import ScorerActor, ScorerPool
+
+    config = ServiceScoring(endpoint=server.url)
+    with monkeypatch.context() as asleep:
+        tell(asleep, revision=None)
+        actor = ScorerActor(config, "d0")
+    with pytest.raises(ServiceError, match="was revision d0 when this run began and is d1 now"):
+        actor.call("score", candidates())
+    with pytest.raises(ServiceError, match="'service' runs revision d1 of its model, and this run began with d0"):
+        ScorerActor(config, "d0")
+    assert ScorerPool([config], 1).pin({}) == {"service": "d1"}
 
 
 def test_tools_are_sent_and_rows_whose_tools_cannot_be_fail_alone(server, monkeypatch):
     sent = []
 
-    class Spy(service.Client):
-        async def _post(self, path, body):
+    class Spy(service.AsyncRewardClient):
+        async def _post(self, path, body, end):
             sent.append(body["items"])
-            return await super()._post(path, body)
+            return await super()._post(path, body, end)
 
-    monkeypatch.setattr(service, "Client", Spy)
+    monkeypatch.setattr(service, "AsyncRewardClient", Spy)
     rows = preferences(3)
     for row, tools in zip(rows, ['[{"name": "search"}]', None, "no JSON"], strict=True):
         row["tools"] = tools
@@ -459,7 +475,7 @@ def test_what_is_no_reward_model_is_refused(monkeypatch):
     async def models(self):
         return [{"id": "bleurt", "readout": "bleurt"}, {"id": "asleep", "aliases": ["a"], "readout": None}]
 
-    monkeypatch.setattr(service.Client, "models", models)
+    monkeypatch.setattr(service.AsyncRewardClient, "models", models)
     with pytest.raises(ConfigError, match="'bleurt' at 'http://x' is no reward model but of the kind 'bleurt'"):
         check_preference_scoring(ServiceScoring(endpoint="http://x"))
     config = ServiceScoring(endpoint="http://x", model="a")

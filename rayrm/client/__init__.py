@@ -4,75 +4,30 @@
         client.rewards([Query("Which city is the capital of France?", ["Paris.", "Rome."])])
 
 What the service could not score comes back as null with its status. Requests that it had no time for, and single items
-of them, are sent again until `timeout_s` have passed, after as long as the service asks for.
+of them, are sent again until `timeout_s` have passed, after as long as the service asks for. Every reply is read as what
+it must be, and must come from the same revision of the model as the first one.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
+from rayrm.client.asking import AnswerT, Asking, AskLikeness, AskPairs, AskRewards, QuestionT
+from rayrm.client.replies import SCORED, Answered, ModelsReply, read_reply
+from rayrm.client.sending import FIRST_PAUSE_S, LONGEST_PAUSE_S, LateError, Sender
+from rayrm.client.values import Comparison, Pair, Prompt, Query, Reference, Reward
 from rayrm.errors import ServiceError
-from rayrm.retrying import read_retry_after
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Prompt = str | Sequence[dict[str, str]]
-"""A text, taken for one user turn, or messages with `role` and `content`."""
-RETRY_CODES = (408, 429, 500, 502, 503, 504)
+__all__ = ["AsyncRewardClient", "Comparison", "Pair", "Prompt", "Query", "Reference", "Reward", "RewardClient"]
 RETRY_STATUSES = ("overloaded", "timeout")
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 15.0
-T = TypeVar("T")
-
-
-class Query(NamedTuple):
-    """A prompt and its completions."""
-
-    prompt: Prompt
-    completions: Sequence[str]
-    lang: str | None = None
-    """Language of the completions, `de`, or languages of a translation, `en-de`."""
-
-
-class Reward(NamedTuple):
-    """A completion's reward, or why it has none."""
-
-    reward: float | None
-    status: str
-    """`ok` or `truncated` with a reward; `overlength`, `empty`, `error`, `nan`, `timeout`, `overloaded` without."""
-    detail: str | None
-    num_tokens: int
-    calibrated: float | None = None
-    """Standard deviations from the mean reward, for a model that is calibrated."""
-    ratings: dict[str, float] | None = None
-    """The reward's parts by name, for a model of several objectives."""
-
-
-class Pair(NamedTuple):
-    """Two completions of one prompt."""
-
-    prompt: Prompt
-    first: str
-    second: str
-
-
-class Comparison(NamedTuple):
-    """Which of two completions is better."""
-
-    better: str | None
-    """`first`, `second`, `tie`, or null."""
-    probability: float | None
-    """That the first is the better one."""
-    status: str
-    """As that of a reward."""
-    detail: str | None
 
 
 class AsyncRewardClient:
@@ -90,43 +45,31 @@ class AsyncRewardClient:
     ) -> None:
         """`key` is that of the environment variable RAYRM_API_KEY where it is null; `model` the server's first one.
 
-        A request holds at most `batch_size` queries, and at most `max_in_flight` requests run at a time.
+        A request holds at most `batch_size` queries, has `timeout_s` for all times that it is sent, and at most
+        `max_in_flight` of them run at a time.
         """
-        import httpx
-
-        key = key or os.environ.get("RAYRM_API_KEY")
-        headers = {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})}
-        limits = httpx.Limits(max_connections=max_in_flight, max_keepalive_connections=max_in_flight)
-        self._http = httpx.AsyncClient(
-            base_url=url.rstrip("/"), headers=headers, limits=limits, timeout=httpx.Timeout(timeout_s, pool=None)
-        )
+        self.revision: str | None = None
+        """What all replies must come from, as the service calls it; null until the first one, unless it is set."""
+        self._sender = Sender(url, key, timeout_s, max_in_flight)
         self._model = model
-        self._timeout_s = timeout_s
         self._batch_size = batch_size
         self._limit = asyncio.Semaphore(max_in_flight)
 
     async def rewards(self, queries: Sequence[Query], *, outputs: Sequence[str] = ()) -> list[list[Reward]]:
         """A reward for each completion of each query; `outputs` may ask for `calibrated` and `ratings`.
 
-        Raises ServiceError when the service refuses the request, or cannot be reached in time.
+        Raises ServiceError when the service refuses the request, cannot be reached in time, gives a reply that is none,
+        or answers with another revision of the model.
         """
-
-        async def ask(batch: Sequence[Query]) -> list[list[Reward]]:
-            items = [{"prompt": _prompt(q.prompt), "completions": list(q.completions), "lang": q.lang} for q in batch]
-            found = await self._post("/v1/rewards", {"items": items, "outputs": list(outputs)})
-            return [[_reward(each) for each in item["completions"]] for item in found["items"]]
-
-        return await self._all(queries, ask, lambda rewards: any(r.status in RETRY_STATUSES for r in rewards))
+        return await self._all(AskRewards(outputs), queries)
 
     async def compare(self, pairs: Sequence[Pair]) -> list[Comparison]:
         """Which completion of each pair is better. Raises ServiceError as `rewards` does."""
+        return [found for (found,) in await self._all(AskPairs(), pairs)]
 
-        async def ask(batch: Sequence[Pair]) -> list[Comparison]:
-            asked = [{**pair._asdict(), "prompt": _prompt(pair.prompt)} for pair in batch]
-            found = await self._post("/v1/rewards/pairs", {"pairs": asked})
-            return [Comparison(p["better"], p["probability"], p["status"], p["detail"]) for p in found["pairs"]]
-
-        return await self._all(pairs, ask, lambda comparison: comparison.status in RETRY_STATUSES)
+    async def bleurt(self, references: Sequence[Reference]) -> list[list[Reward]]:
+        """How like its reference each candidate is, by a BLEURT model. Raises ServiceError as `rewards` does."""
+        return await self._all(AskLikeness(), references)
 
     async def reward_frame(
         self, frame: pd.DataFrame, *, prompt: str = "prompt", completion: str = "completion", lang: str = "lang"
@@ -153,12 +96,14 @@ class AsyncRewardClient:
 
     async def models(self) -> list[dict[str, Any]]:
         """The service's models and what it tells of them. Raises ServiceError as `rewards` does."""
-        found: list[dict[str, Any]] = (await self._send("GET", "/v1/models", None, self._end()))["data"]
-        return found
+        found: dict[str, Any] = await self._sender.send("GET", "/v1/models", None, self._sender.end())
+        read_reply(ModelsReply, found, self._sender.where("/v1/models"))
+        models: list[dict[str, Any]] = found["data"]
+        return models
 
     async def close(self) -> None:
         """Give up all connections."""
-        await self._http.aclose()
+        await self._sender.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -166,63 +111,60 @@ class AsyncRewardClient:
     async def __aexit__(self, *error: object) -> None:
         await self.close()
 
-    def _end(self) -> float:
-        return time.monotonic() + self._timeout_s
+    async def _all(self, asking: Asking[QuestionT, AnswerT], questions: Sequence[QuestionT]) -> list[list[AnswerT]]:
+        """Answers to all that is asked, in batches."""
+        starts = range(0, len(questions), self._batch_size)
+        parts = [questions[start : start + self._batch_size] for start in starts]
+        tasks = [asyncio.create_task(self._batch(asking, part)) for part in parts]
+        try:
+            return [answers for found in await asyncio.gather(*tasks) for answers in found]
+        finally:
+            for task in tasks:
+                task.cancel()
 
-    async def _all(
-        self,
-        asked: Sequence[Any],
-        ask: Callable[[Sequence[Any]], Awaitable[list[T]]],
-        is_worth_a_retry: Callable[[T], bool],
-    ) -> list[T]:
-        """Answers to all that is asked, in batches; what there was no time for is asked again alone."""
-
-        async def batch(part: Sequence[Any]) -> list[T]:
-            async with self._limit:
-                # The time that a batch waits for others is not its own.
-                end, pause = self._end(), FIRST_PAUSE_S
-                found = await ask(part)
-            while again := [index for index, each in enumerate(found) if is_worth_a_retry(each)]:
+    async def _batch(self, asking: Asking[QuestionT, AnswerT], part: Sequence[QuestionT]) -> list[list[AnswerT]]:
+        """Answers to a batch; what there was no time for is asked again alone, until the batch's time is over."""
+        async with self._limit:
+            # The time that a batch waits for others is not its own.
+            end, pause = self._sender.end(), FIRST_PAUSE_S
+            found = await self._ask(asking, part, end)
+            while again := [i for i, answers in enumerate(found) if any(a.status in RETRY_STATUSES for a in answers)]:
                 if time.monotonic() + pause > end:
                     break
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))
                 pause = min(2 * pause, LONGEST_PAUSE_S)
-                async with self._limit:
-                    later = await ask([part[index] for index in again])
-                for index, each in zip(again, later, strict=True):
-                    found[index] = each
+                try:
+                    later = await self._ask(asking, [part[index] for index in again], end)
+                except LateError:
+                    # The others have their answers, and these say why they have none.
+                    break
+                for index, answers in zip(again, later, strict=True):
+                    found[index] = answers
             return found
 
-        parts = [asked[start : start + self._batch_size] for start in range(0, len(asked), self._batch_size)]
-        return [each for found in await asyncio.gather(*map(batch, parts)) for each in found]
+    async def _ask(
+        self, asking: Asking[QuestionT, AnswerT], part: Sequence[QuestionT], end: float
+    ) -> list[list[AnswerT]]:
+        found = await self._post(asking.path, asking.body(part), end)
+        where = self._sender.where(asking.path)
+        reply = read_reply(asking.kind, found, where)
+        answers = asking.read(reply, part, where)
+        if reply.revision is not None or any(answer.status in SCORED for each in answers for answer in each):
+            self._hold(reply)
+        return answers
 
-    async def _post(self, path: str, body: dict[str, Any]) -> Any:
-        return await self._send("POST", path, {"model": self._model, **body}, self._end())
+    async def _post(self, path: str, body: dict[str, Any], end: float) -> Any:
+        return await self._sender.send("POST", path, {"model": self._model, **body}, end)
 
-    async def _send(self, method: str, path: str, body: dict[str, Any] | None, end: float) -> Any:
-        import httpx
-
-        pause = FIRST_PAUSE_S
-        while True:
-            try:
-                # With escapes, so that halves of characters cost their own item and not the request.
-                content = None if body is None else json.dumps(body)
-                reply = await self._http.request(method, path, content=content)
-                if reply.status_code == 200:
-                    return reply.json()
-                told, wait_s = _message(reply), read_retry_after(reply.headers.get("retry-after"))
-                if reply.status_code not in RETRY_CODES:
-                    raise ServiceError(f"{self._http.base_url} refuses {path} ({reply.status_code}): {told}")
-            except httpx.TransportError as error:
-                told, wait_s = str(error) or repr(error), None
-            wait_s = pause * random.uniform(0.5, 1.0) if wait_s is None else wait_s
-            if time.monotonic() + wait_s > end:
-                raise ServiceError(
-                    f"{self._http.base_url} has not answered {path} within {self._timeout_s:g} s ({told}); see whether "
-                    "it runs, or raise timeout_s."
-                )
-            await asyncio.sleep(wait_s)
-            pause = min(2 * pause, LONGEST_PAUSE_S)
+    def _hold(self, reply: Answered) -> None:
+        """Raise ServiceError for a reply of another revision than those before: the server may have been changed."""
+        self.revision = self.revision or reply.revision
+        if reply.revision != self.revision:
+            raise ServiceError(
+                f"'{reply.model}' at '{self._sender.url}' was revision {self.revision} when this run began and is "
+                f"{reply.revision or 'one that it does not tell'} now, and rewards of two models must not be mixed; serve "
+                "the first one again, or begin a new run."
+            )
 
 
 class RewardClient:
@@ -244,6 +186,10 @@ class RewardClient:
         """As `AsyncRewardClient.compare`."""
         return self._portal.call(lambda: self._client.compare(pairs))
 
+    def bleurt(self, references: Sequence[Reference]) -> list[list[Reward]]:
+        """As `AsyncRewardClient.bleurt`."""
+        return self._portal.call(lambda: self._client.bleurt(references))
+
     def reward_frame(self, frame: pd.DataFrame, **columns: str) -> pd.DataFrame:
         """As `AsyncRewardClient.reward_frame`."""
         return self._portal.call(lambda: self._client.reward_frame(frame, **columns))
@@ -264,18 +210,3 @@ class RewardClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _prompt(prompt: Prompt) -> Any:
-    return prompt if isinstance(prompt, str) else list(prompt)
-
-
-def _reward(found: dict[str, Any]) -> Reward:
-    return Reward(*(found[name] for name in Reward._fields))
-
-
-def _message(reply: Any) -> str:
-    try:
-        return str(reply.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return str(reply.text[:200] or reply.reason_phrase)

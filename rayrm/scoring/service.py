@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from rayrm.client import RETRY_STATUSES, AsyncRewardClient, Comparison, Pair, Query, Reward
+from rayrm.client import AsyncRewardClient, Comparison, Pair, Query, Reward
 from rayrm.config import NOT_IDENTITY, Config, Workers
-from rayrm.errors import ConfigError, ServiceError
+from rayrm.errors import ConfigError
 from rayrm.rows import Message
 from rayrm.scoring.base import REWARD_MODEL, Outcome
 from rayrm.scoring.reward_model import language_of, list_languages
@@ -63,42 +63,17 @@ class Served(NamedTuple):
     """Languages that it is calibrated for beside all together; null where it has no calibration, or does not run."""
 
 
-class Item(NamedTuple):
-    """What is asked of a row."""
-
-    query: Query
-    tools: list[dict[str, Any]] | None
-    """Tool schemas for the chat template to show."""
-
-
-class Client(AsyncRewardClient):
-    """The client, with the tools of rows."""
-
-    async def reward_items(self, items: Sequence[Item], outputs: Sequence[str] = ()) -> list[list[Reward]]:
-        """As `rewards`."""
-
-        async def ask(batch: Sequence[Item]) -> list[list[Reward]]:
-            body = [
-                {"prompt": q.prompt, "completions": q.completions, "lang": q.lang, "tools": tools} for q, tools in batch
-            ]
-            found = await self._post("/v1/rewards", {"items": body, "outputs": list(outputs)})
-            return [
-                [Reward(*(each[name] for name in Reward._fields)) for each in item["completions"]]
-                for item in found["items"]
-            ]
-
-        return await self._all(items, ask, lambda rewards: any(r.status in RETRY_STATUSES for r in rewards))
-
-
-def connect(config: ServiceScoring, timeout_s: float | None = None) -> Client:
-    """A client of the service, with its model."""
-    return Client(
+def connect(config: ServiceScoring, timeout_s: float | None = None, revision: str | None = None) -> AsyncRewardClient:
+    """A client of the service, with its model, which must be `revision` where one is given."""
+    client = AsyncRewardClient(
         config.endpoint,
         model=config.model,
         timeout_s=timeout_s or config.timeout_s,
         batch_size=config.batch_size,
         max_in_flight=config.max_in_flight,
     )
+    client.revision = revision
+    return client
 
 
 _SERVED: dict[ServiceScoring, Served] = {}
@@ -176,31 +151,27 @@ class ServiceScorer:
         self.config = config
         self.served = find_served(config, config.timeout_s)
         self.compares = self.served.compares
+        self.revision = self.served.revision
+        """What all replies must come from; of a model that did not run, that of the first reply."""
 
     def score(self, rows: list[dict[str, Any]]) -> list[list[Outcome]]:
         """One (reward, status) for each of a row's `candidates`, as the service tells them.
 
         Of a row whose tools are no JSON list of objects it is `error`, and so it is where a calibration is wanted and
         the row's language has none. Raises ServiceError when the service refuses a request, has not answered within
-        `timeout_s`, or runs another revision of the model than when this scorer was made.
+        `timeout_s`, or answers with another revision of the model than when this scorer was made.
         """
-        items = [_item(row) if self._has_unit(row) else None for row in rows]
+        queries = [_query(row) if self._has_unit(row) else None for row in rows]
         is_raw = self.config.calibration == "none"
         if self.config.calibration == "overall":
-            items = [item and item._replace(query=item.query._replace(lang=None)) for item in items]
-        asked = [item for item in items if item is not None]
-
-        async def ask() -> list[list[Reward]]:
-            async with connect(self.config) as client:
-                return await client.reward_items(asked, () if is_raw else ("calibrated",))
-
-        found = iter(asyncio.run(ask()) if asked else [])
-        self._check_revision()
+            queries = [query and query._replace(lang=None) for query in queries]
+        asked = [query for query in queries if query is not None]
+        found = iter(self._ask(lambda client: client.rewards(asked, outputs=() if is_raw else ("calibrated",))))
         return [
             [(None, "error") for _ in row["candidates"] or []]
-            if item is None
+            if query is None
             else [(each.reward, each.status) if is_raw else _calibrated(each) for each in next(found)]
-            for row, item in zip(rows, items, strict=True)
+            for row, query in zip(rows, queries, strict=True)
         ]
 
     def compare(self, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[tuple[Outcome, Outcome]]:
@@ -213,29 +184,23 @@ class ServiceScorer:
             Pair(_turns(first["prompt"]), first["candidates"][0] or "", second["candidates"][0] or "")
             for first, second in (pairs[index] for index in places)
         ]
-
-        async def ask() -> list[Comparison]:
-            async with connect(self.config) as client:
-                return await client.compare(asked)
-
         found: list[tuple[Outcome, Outcome]] = [((None, "error"), (None, "error"))] * len(pairs)
-        answers = asyncio.run(ask()) if asked else []
-        self._check_revision()
+        answers: list[Comparison] = self._ask(lambda client: client.compare(asked))
         for index, told in zip(places, answers, strict=True):
             found[index] = _sides(told.probability, told.status)
         return found
 
+    def _ask(self, question: Callable[[AsyncRewardClient], Awaitable[Any]]) -> Any:
+        async def ask() -> Any:
+            async with connect(self.config, revision=self.revision) as client:
+                found = await question(client)
+                self.revision = client.revision
+                return found
+
+        return asyncio.run(ask())
+
     def _has_unit(self, row: dict[str, Any]) -> bool:
         return self.config.calibration != "language" or language_of(row) in (self.served.calibrated or ())
-
-    def _check_revision(self) -> None:
-        """Once what was asked is answered: answers do not say which revision of the model they come from."""
-        first, now = self.served.revision, find_served(self.config, self.config.timeout_s).revision
-        if first is not None and now is not None and now != first:
-            raise ServiceError(
-                f"'{self.served.id}' at '{self.config.endpoint}' was revision {first} when this run began and is {now} "
-                "now, and rewards of two models must not be mixed; serve the first one again, or begin a new run."
-            )
 
 
 def _calibrated(reward: Reward) -> Outcome:
@@ -255,7 +220,7 @@ def _turns(prompt: Sequence[Message]) -> list[dict[str, str]]:
     return [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
 
 
-def _item(row: dict[str, Any]) -> Item | None:
+def _query(row: dict[str, Any]) -> Query | None:
     """What is asked of a row; None where its tools cannot be sent."""
     tools = None
     if row.get("tools") is not None:
@@ -266,4 +231,4 @@ def _item(row: dict[str, Any]) -> Item | None:
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
             return None
     lang = language_of(row) if row.get("lang") else None
-    return Item(Query(_turns(row["prompt"]), [text or "" for text in row["candidates"] or []], lang), tools)
+    return Query(_turns(row["prompt"]), [text or "" for text in row["candidates"] or []], lang, tools)

@@ -146,7 +146,9 @@ class ScorerActor:
     def __init__(self, config: Scoring, revision: str | None) -> None:
         self.scorer: Any = SCORERS[config.type](config)
         if isinstance(config, ServiceScoring):
-            check_revision(config.name, self.scorer.served.revision, revision)
+            check_revision(config.name, self.scorer.revision, revision)
+            # From here on each reply is held to it.
+            self.scorer.revision = revision or self.scorer.revision
 
     def call(self, method: str, rows: list[dict[str, Any]]) -> tuple[list[Any], float]:
         """What `method` of the scorer gives for the rows, and the seconds that it took."""
