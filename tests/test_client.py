@@ -136,6 +136,35 @@ def test_refusals_and_silence_are_errors_that_tell(server):
         client.models()
 
 
+def test_an_item_that_is_refused_costs_no_other_its_reward(client, server, expected, caplog):
+    bad = [Query([{"role": "critic", "content": "x"}], ["a", "b"]), Query(PROMPT, TEXTS[:1], "d" * 40)]
+    queries = [Query(PROMPT, [text]) for text in TEXTS]
+    before = server.requests
+    found = client.rewards([*queries[:2], bad[0], queries[2], bad[1], queries[3]])
+    whole, first, second = [found[0], found[1], found[3], found[5]], found[2], found[4]
+    assert [each[0].reward for each in whole] == pytest.approx(expected, abs=1e-5)
+    assert [(each.reward, each.status) for each in (*first, *second)] == [(None, "error")] * 3
+    assert all("role: Input should be 'system', 'user', 'assistant' or 'tool'" in each.detail for each in first)
+    assert second[0].detail == "items.0.lang: String should have at most 35 characters."
+    assert server.requests - before < 16
+    assert f"{server.url} refuses /v1/rewards (400): items.0.lang: String should" in caplog.text
+
+
+def test_pairs_that_are_refused_and_completions_beyond_the_limit_cost_no_others(replica, expected):
+    limited = Server(base.make_client(replica, max_items=2, max_body_bytes=2000).http._transport.app)
+    try:
+        with RewardClient(limited.url) as client:
+            (found,) = client.rewards([Query(PROMPT, [*TEXTS, "x" * 3000])])
+            good = Pair(PROMPT, TEXTS[0], TEXTS[1])
+            first, bad, last = client.compare([good, Pair([{"role": "x", "content": ""}], "a", "b"), good])
+            assert client.rewards([Query(PROMPT, []), Query(PROMPT, TEXTS)])[1][3].status == "ok"
+    finally:
+        limited.stop()
+    assert [each.reward for each in found[:4]] == pytest.approx(expected, abs=1e-5)
+    assert found[4].reward is None and "more than 2,000 bytes" in found[4].detail
+    assert first == last and first.status == "ok" and (bad.probability, bad.status) == (None, "error")
+
+
 def answering(server, monkeypatch, *replies):
     """Let the server answer in turn with what is given: bytes as they are, functions of its own reply, the last one on
     and on."""

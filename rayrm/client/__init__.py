@@ -4,13 +4,15 @@
         client.rewards([Query("Which city is the capital of France?", ["Paris.", "Rome."])])
 
 What the service could not score comes back as null with its status. Requests that it had no time for, and single items
-of them, are sent again until `timeout_s` have passed, after as long as the service asks for. Every reply is read as what
-it must be, and must come from the same revision of the model as the first one.
+of them, are sent again until `timeout_s` have passed, after as long as the service asks for. What is refused for one item
+is sent again in halves, so that this item alone has no reward. Every reply is read as what it must be, and must come from
+the same revision of the model as the first one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import Sequence
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rayrm.client.asking import AnswerT, Asking, AskLikeness, AskPairs, AskRewards, QuestionT
 from rayrm.client.replies import SCORED, Answered, ModelsReply, read_reply
-from rayrm.client.sending import FIRST_PAUSE_S, LONGEST_PAUSE_S, LateError, Sender
+from rayrm.client.sending import FIRST_PAUSE_S, LONGEST_PAUSE_S, LateError, RefusedError, Sender
 from rayrm.client.values import Comparison, Pair, Prompt, Query, Reference, Reward
 from rayrm.errors import ServiceError
 
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 
 __all__ = ["AsyncRewardClient", "Comparison", "Pair", "Prompt", "Query", "Reference", "Reward", "RewardClient"]
 RETRY_STATUSES = ("overloaded", "timeout")
+SPLIT_CODES = (400, 413, 422)
+"""Refusals that one item may be the reason of, for all that it came with."""
+log = logging.getLogger("rayrm")
 
 
 class AsyncRewardClient:
@@ -58,7 +63,7 @@ class AsyncRewardClient:
     async def rewards(self, queries: Sequence[Query], *, outputs: Sequence[str] = ()) -> list[list[Reward]]:
         """A reward for each completion of each query; `outputs` may ask for `calibrated` and `ratings`.
 
-        Raises ServiceError when the service refuses the request, cannot be reached in time, gives a reply that is none,
+        Raises ServiceError when the service refuses all requests, cannot be reached in time, gives a reply that is none,
         or answers with another revision of the model.
         """
         return await self._all(AskRewards(outputs), queries)
@@ -139,13 +144,32 @@ class AsyncRewardClient:
                     # The others have their answers, and these say why they have none.
                     break
                 for index, answers in zip(again, later, strict=True):
-                    found[index] = answers
+                    found[index] = [
+                        new if old.status in RETRY_STATUSES else old
+                        for old, new in zip(found[index], answers, strict=True)
+                    ]
             return found
 
     async def _ask(
         self, asking: Asking[QuestionT, AnswerT], part: Sequence[QuestionT], end: float
     ) -> list[list[AnswerT]]:
-        found = await self._post(asking.path, asking.body(part), end)
+        """Answers to some questions; of a request that is refused for what it holds, to each half by itself.
+
+        What is refused alone has none, and says why.
+        """
+        try:
+            found = await self._post(asking.path, asking.body(part), end)
+        except RefusedError as error:
+            if error.code not in SPLIT_CODES:
+                raise
+            if len(part) > 1:
+                half = len(part) // 2
+                return [*await self._ask(asking, part[:half], end), *await self._ask(asking, part[half:], end)]
+            if pieces := asking.halve(part[0]):
+                answers = [each for piece in pieces for each in await self._ask(asking, [piece], end)]
+                return [[answer for each in answers for answer in each]]
+            log.warning("%s", error)
+            return [[asking.fail(error.told)]]
         where = self._sender.where(asking.path)
         reply = read_reply(asking.kind, found, where)
         answers = asking.read(reply, part, where)

@@ -31,6 +31,14 @@ class Asking(Generic[QuestionT, AnswerT]):
         """The answers of a reply."""
         raise NotImplementedError
 
+    def halve(self, question: QuestionT) -> list[QuestionT]:
+        """Two questions with half of its items each; nothing of a question with one item."""
+        return []
+
+    def fail(self, told: str) -> AnswerT:
+        """The answer to an item that the service refuses, which says `told`."""
+        raise NotImplementedError
+
     def read(self, reply: Answered, questions: Sequence[QuestionT], where: str) -> list[list[AnswerT]]:
         """As many answers as were asked for. Raises ServiceError for more or fewer; `where` says of whom."""
         found = self.listed(reply)
@@ -68,6 +76,14 @@ class AskRewards(Asking[Query, Reward]):
         """How many completions it has."""
         return len(question.completions)
 
+    def halve(self, question: Query) -> list[Query]:
+        """Each half of its completions."""
+        return [question._replace(completions=texts) for texts in _halves(question.completions)]
+
+    def fail(self, told: str) -> Reward:
+        """No reward."""
+        return Reward(None, "error", told, 0)
+
     def listed(self, reply: RewardsReply) -> list[list[Reward]]:
         """The rewards of a reply."""
         return [
@@ -90,6 +106,14 @@ class AskLikeness(Asking[Reference, Reward]):
         """How many candidates it has."""
         return len(question.candidates)
 
+    def halve(self, question: Reference) -> list[Reference]:
+        """Each half of its candidates."""
+        return [question._replace(candidates=texts) for texts in _halves(question.candidates)]
+
+    def fail(self, told: str) -> Reward:
+        """No score."""
+        return Reward(None, "error", told, 0)
+
     def listed(self, reply: BleurtReply) -> list[list[Reward]]:
         """The scores of a reply."""
         return [[Reward(c.score, c.status, c.detail, c.num_tokens) for c in item] for item in reply.items]
@@ -109,9 +133,18 @@ class AskPairs(Asking[Pair, Comparison]):
         """One."""
         return 1
 
+    def fail(self, told: str) -> Comparison:
+        """No comparison."""
+        return Comparison(None, None, "error", told)
+
     def listed(self, reply: PairsReply) -> list[list[Comparison]]:
         """The comparisons of a reply."""
         return [[Comparison(pair.better, pair.probability, pair.status, pair.detail)] for pair in reply.pairs]
+
+
+def _halves(texts: Sequence[str]) -> list[Sequence[str]]:
+    half = len(texts) // 2
+    return [texts[:half], texts[half:]] if half else []
 
 
 def _prompt(prompt: Prompt) -> Any:
