@@ -113,6 +113,14 @@ class OnTopic:
         return [[(float(row["topic"] in text), "ok") for text in row["candidates"]] for row in rows]
 
 
+class Handy:
+    def __init__(self, config):
+        pass
+
+    def score(self, rows):
+        return [[(float(len(row["tools"])), "ok") for _ in row["candidates"]] for row in rows]
+
+
 class Longer:
     compares = True
     model_type = "Ruler"
@@ -155,6 +163,7 @@ POINTS = """[rayrm.scorers]
 on_topic = my_scorers:OnTopic
 brevity = my_scorers:Brevity
 longer = my_scorers:Longer
+handy = my_scorers:Handy
 lazy = my_scorers:Lazy
 mute = my_scorers:Mute
 marker = my_scorers:Marker
@@ -208,7 +217,7 @@ def test_a_class_that_compares_sees_both_sides(package):
 
 
 def test_an_unknown_name_lists_the_known_ones(package):
-    known = "brevity, broken, function, lazy, longer, lost, marker, mute, on_topic"
+    known = "brevity, broken, function, handy, lazy, longer, lost, marker, mute, on_topic"
     with pytest.raises(ConfigError, match=rf"'shortness', and .* group 'rayrm.scorers' \(they have {known}\)"):
         check_preference_scoring(CustomScoring(scorer="shortness"))
     sys.path.remove(package)
@@ -290,6 +299,11 @@ def test_candidates_are_scored_and_their_columns_checked(package, tmp_path):
     pq.write_table(table, tmp_path / "rows.parquet")
     check_scoring(str(tmp_path / "rows.parquet"), config)
     assert ScoreStage(config)(table)["scores"].to_pylist() == [{"custom": [7.0, 9.0]}]
+    # What a scorer needs beside the columns of all, and the tools of a row, reach it too.
+    (scores,) = ScoreStage(CustomScoring(scorer="on_topic"))(pa.Table.from_pylist(candidates(topic="b")))["scores"]
+    assert scores.as_py() == {"custom": [1.0, 0.0]}
+    (scores,) = ScoreStage(CustomScoring(scorer="handy"))(pa.Table.from_pylist(candidates(tools="[]")))["scores"]
+    assert scores.as_py() == {"custom": [2.0, 2.0]}
     pq.write_table(table.drop_columns("anchor"), tmp_path / "bare.parquet")
     with pytest.raises(SchemaError, match="no column anchor"):
         check_scoring(str(tmp_path / "bare.parquet"), config)
@@ -473,13 +487,13 @@ def test_a_service_that_is_not_there_is_found_out_before_the_start(server, monke
 
 def test_what_is_no_reward_model_is_refused(monkeypatch):
     async def models(self):
-        return [{"id": "bleurt", "readout": "bleurt"}, {"id": "asleep", "aliases": ["a"], "readout": None}]
+        return [{"id": "judge", "readout": "judge"}, {"id": "asleep", "aliases": ["a"], "readout": None}]
 
     monkeypatch.setattr(service.AsyncRewardClient, "models", models)
-    with pytest.raises(ConfigError, match="'bleurt' at 'http://x' is no reward model but of the kind 'bleurt'"):
+    with pytest.raises(ConfigError, match="'judge' at 'http://x' is no reward model but of the kind 'judge'"):
         check_preference_scoring(ServiceScoring(endpoint="http://x"))
     config = ServiceScoring(endpoint="http://x", model="a")
-    assert service.find_served(config) == ("asleep", False, None, None) and model_type_of(config) == "Seq. Classifier"
+    assert service.find_served(config) == ("asleep", None, None, None) and model_type_of(config) == "Seq. Classifier"
 
 
 @pytest.mark.parametrize("kind", ["comparison"], indirect=True)

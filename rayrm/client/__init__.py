@@ -63,8 +63,8 @@ class AsyncRewardClient:
     async def rewards(self, queries: Sequence[Query], *, outputs: Sequence[str] = ()) -> list[list[Reward]]:
         """A reward for each completion of each query; `outputs` may ask for `calibrated` and `ratings`.
 
-        Raises ServiceError when the service refuses all requests, cannot be reached in time, gives a reply that is none,
-        or answers with another revision of the model.
+        Raises ServiceError when the service refuses the key or the model, cannot be reached in time, gives a reply that
+        is none, or answers with another revision of the model.
         """
         return await self._all(AskRewards(outputs), queries)
 
@@ -169,7 +169,7 @@ class AsyncRewardClient:
                 answers = [each for piece in pieces for each in await self._ask(asking, [piece], end)]
                 return [[answer for each in answers for answer in each]]
             log.warning("%s", error)
-            return [[asking.fail(error.told)]]
+            return [[asking.fail(error.told)] * asking.num_items(part[0])]
         where = self._sender.where(asking.path)
         reply = read_reply(asking.kind, found, where)
         answers = asking.read(reply, part, where)

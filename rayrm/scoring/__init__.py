@@ -31,7 +31,7 @@ from rayrm.scoring.reward_model import (
     check_reward_model,
     compares,
 )
-from rayrm.scoring.service import ServiceScorer, ServiceScoring, check_service, recall_served
+from rayrm.scoring.service import ServiceScorer, ServiceScoring, check_likeness, check_service, recall_served
 from rayrm.shards import read_schemas
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ PreferenceScoring = Annotated[
 ]
 """The config of any scorer of preferences, told apart by `type`."""
 READS = ("prompt", "source", "reference", "anchor", "src_lang", "tgt_lang", "lang", "candidates")
-"""Columns that a scorer sees."""
+"""Columns that every scorer sees, beside `tools` and those that it needs."""
 
 SCORERS: dict[str, Any] = {
     "bleurt": BleurtScorer,
@@ -87,8 +87,9 @@ CHECKS: dict[str, Any] = {
 def score_candidates(candidates: Dataset, config: Scoring | PreferenceScoring) -> Dataset:
     """Score every candidate of every row; a scorer of preferences serves too, unless it compares.
 
-    Reads the columns `READS`. Adds the field `config.name` to the structs `scores` and `status`;
-    what other scorers left there stays. Raises ResourceError when the cluster can never hold the actors.
+    Reads the columns `READS`, `tools` and those that the scorer needs. Adds the field `config.name` to the structs
+    `scores` and `status`; what other scorers left there stays. Raises ResourceError when the cluster can never hold the
+    actors.
     """
     workers = config.workers
     cluster.require(workers.num_workers, workers.num_cpus, workers.num_gpus, f"Scorer '{config.name}'")
@@ -103,7 +104,7 @@ def check_scoring(path: str, config: Scoring) -> None:
     Raises SchemaError when a column is missing without which no row can be scored, ConfigError when another scorer
     has the name already or this one only compares, and what `check_preference_scoring` raises.
     """
-    needs = CustomClass(config.scorer).needs if isinstance(config, CustomScoring) else SCORERS[config.type].needs
+    needs = needs_of(config)
     for name, schema in read_schemas(path):
         missing = [column for column in needs if column not in schema.names]
         if missing:
@@ -117,6 +118,8 @@ def check_scoring(path: str, config: Scoring) -> None:
             raise ConfigError(f"'{name}' has scores named '{config.name}' already; set another scoring.name.")
     if isinstance(config, BleurtScoring):
         check_model(config.model)
+    elif isinstance(config, ServiceScoring) and needs:
+        check_likeness(config)
     elif not isinstance(config, GrammarScoring | LengthScoring):
         check_preference_scoring(config, [path])
         if isinstance(config, RewardModelScoring):
@@ -126,6 +129,15 @@ def check_scoring(path: str, config: Scoring) -> None:
                 f"The scorer '{config.name}' of the type '{config.type}' compares two completions and gives a single "
                 "one no score; take another, or evaluate this one on preferences."
             )
+
+
+def needs_of(config: Scoring) -> tuple[str, ...]:
+    """Columns without which a scorer can score no row. Raises ConfigError and ServiceError as `does_compare`."""
+    if isinstance(config, CustomScoring):
+        return CustomClass(config.scorer).needs
+    if isinstance(config, ServiceScoring):
+        return recall_served(config).needs
+    return tuple(SCORERS[config.type].needs)
 
 
 def check_preference_scoring(config: PreferenceScoring, paths: Sequence[str] = ()) -> None:
@@ -177,7 +189,8 @@ class ScoreStage:
         """Score the rows that are kept; dropped ones get null."""
         table = with_hidden(table)
         kept = table["_kept"].to_pylist()
-        rows = table.select(READS).filter(table["_kept"]).to_pylist()
+        further = [name for name in ("tools", *getattr(self.scorer, "needs", ())) if name in table.column_names]
+        rows = table.select(list(dict.fromkeys((*READS, *further)))).filter(table["_kept"]).to_pylist()
         results = iter(self.scorer.score(rows) if rows else [])
         outcomes = [next(results) if keep else None for keep in kept]
         for row, outcome in zip(rows, (o for o in outcomes if o is not None), strict=True):

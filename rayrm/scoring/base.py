@@ -27,7 +27,7 @@ class Scorer(Protocol):
     """Columns without which no row can be scored."""
 
     def score(self, rows: list[dict[str, Any]]) -> list[list[Outcome]]:
-        """One (score or null, status) for each candidate of each row; rows have the columns `READS`."""
+        """One (score or null, status) for each candidate of each row; rows have the columns `READS`, `tools` and `needs`."""
         ...
 
 

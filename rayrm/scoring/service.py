@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from rayrm.client import AsyncRewardClient, Comparison, Pair, Query, Reward
+from rayrm.client import AsyncRewardClient, Comparison, Pair, Query, Reference, Reward
 from rayrm.config import NOT_IDENTITY, Config, Workers
 from rayrm.errors import ConfigError
 from rayrm.rows import Message
@@ -19,8 +19,6 @@ from rayrm.scoring.reward_model import language_of, list_languages
 
 CHECK_S = 15.0
 """Seconds in which a service must tell of its models before a run starts."""
-NO_REWARDS = ("bleurt", "judge")
-"""Readouts of what a service runs beside reward models."""
 LEAST_CHANCE = 2.0**-53
 """What a chance of 0 stands for: the service tells chances, and those nearer to 0 or 1 are rounded."""
 
@@ -28,7 +26,7 @@ LEAST_CHANCE = 2.0**-53
 class ServiceScoring(Config):
     """The reward of each candidate, by a model of a running rayrm service; the same numbers as in process.
 
-    The key comes from the environment variable RAYRM_API_KEY.
+    A BLEURT model of the service compares each candidate with the row's reference, as the scorer `bleurt` does. The key comes from the environment variable RAYRM_API_KEY.
     """
 
     type: Literal["service"] = "service"
@@ -55,12 +53,23 @@ class Served(NamedTuple):
     """A model of a service."""
 
     id: str
-    compares: bool
-    """Whether it compares two completions and rewards none; false where the model does not run now and tells nothing."""
+    readout: str | None
+    """What it gives: `bleurt` compares with references, and all others are reward models; null for a reward model that
+    does not run now and tells nothing."""
     revision: str | None = None
     """What stands for its weights; null where the model does not run now."""
     calibrated: tuple[str, ...] | None = None
     """Languages that it is calibrated for beside all together; null where it has no calibration, or does not run."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether it compares two completions and rewards none."""
+        return self.readout == "comparison"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Columns without which no row can be scored."""
+        return ("reference",) if self.readout == "bleurt" else ()
 
 
 def connect(config: ServiceScoring, timeout_s: float | None = None, revision: str | None = None) -> AsyncRewardClient:
@@ -88,7 +97,7 @@ def find_served(config: ServiceScoring, timeout_s: float = CHECK_S) -> Served:
     """The model that the service is to be asked for, as it says within `timeout_s`, or the config's where that is less.
 
     Raises ServiceError when the service cannot be reached or refuses the key, and ConfigError when it has no such model
-    or one that gives no rewards.
+    or a judge.
     """
 
     async def ask() -> list[dict[str, Any]]:
@@ -101,28 +110,54 @@ def find_served(config: ServiceScoring, timeout_s: float = CHECK_S) -> Served:
         names = ", ".join(model["id"] for model in known) or "none"
         raise ConfigError(f"'{config.endpoint}' has no model '{config.model}'; it has {names}.")
     found = wanted[0]
-    if found.get("readout") in NO_REWARDS:
-        raise ConfigError(
-            f"'{found['id']}' at '{config.endpoint}' is no reward model but of the kind '{found['readout']}'; name a "
-            "reward model."
-        )
+    if found.get("readout") == "judge":
+        raise _no_reward_model(found["id"], config, "judge")
     calibration = found.get("calibration")
     _SERVED[config] = Served(
         found["id"],
-        found.get("readout") == "comparison",
+        found.get("readout"),
         found.get("revision"),
         None if calibration is None else tuple(calibration["languages"]),
     )
     return _SERVED[config]
 
 
-def check_service(config: ServiceScoring, paths: Sequence[str] = ()) -> None:
-    """Find out, before any actor starts, whether the service answers and has the model, with its calibration.
+def find_revision(config: ServiceScoring) -> str | None:
+    """What stands for the model's weights; a model that does not run now is woken up by a question.
 
-    `paths` hold the rows that are to be rewarded. Raises as `find_served`, and ConfigError for a calibration that the
-    model has not, or not for a language of those rows.
+    Null for a service that does not tell. Raises as `find_served`, and ServiceError when there is no answer in time.
+    """
+    served = find_served(config, config.timeout_s)
+
+    async def ask() -> str | None:
+        async with connect(config, revision=served.revision) as client:
+            if served.needs:
+                await client.bleurt([Reference("a", ["a"])])
+            else:
+                await client.rewards([Query("a", ["a"])])
+            return client.revision
+
+    return served.revision or asyncio.run(ask())
+
+
+def check_likeness(config: ServiceScoring) -> None:
+    """Raise ConfigError for a calibration of a BLEURT model, which has none."""
+    if config.calibration != "none":
+        raise ConfigError(
+            f"calibration is '{config.calibration}', and the model at '{config.endpoint}' is BLEURT, which has none; set "
+            "calibration=none."
+        )
+
+
+def check_service(config: ServiceScoring, paths: Sequence[str] = ()) -> None:
+    """Find out, before any actor starts, whether the service answers and has the reward model, with its calibration.
+
+    `paths` hold the rows that are to be rewarded. Raises as `find_served`, and ConfigError for a BLEURT model, and for a
+    calibration that the model has not, or not for a language of those rows.
     """
     served = find_served(config)
+    if served.needs:
+        raise _no_reward_model(served.id, config, "bleurt")
     if config.calibration == "none":
         return
     if served.calibrated is None:
@@ -142,8 +177,6 @@ def check_service(config: ServiceScoring, paths: Sequence[str] = ()) -> None:
 class ServiceScorer:
     """A model of a running service. Raises ServiceError and ConfigError as `find_served`."""
 
-    needs: ClassVar[tuple[str, ...]] = ()
-    """Columns without which no row can be scored."""
     model_type: ClassVar[str] = REWARD_MODEL
     """What RewardBench calls such models, where they do not compare."""
 
@@ -151,6 +184,8 @@ class ServiceScorer:
         self.config = config
         self.served = find_served(config, config.timeout_s)
         self.compares = self.served.compares
+        self.needs = self.served.needs
+        """Columns without which no row can be scored."""
         self.revision = self.served.revision
         """What all replies must come from; of a model that did not run, that of the first reply."""
 
@@ -161,6 +196,8 @@ class ServiceScorer:
         the row's language has none. Raises ServiceError when the service refuses a request, has not answered within
         `timeout_s`, or answers with another revision of the model than when this scorer was made.
         """
+        if self.served.readout == "bleurt":
+            return self._liken(rows)
         queries = [_query(row) if self._has_unit(row) else None for row in rows]
         is_raw = self.config.calibration == "none"
         if self.config.calibration == "overall":
@@ -189,6 +226,15 @@ class ServiceScorer:
         for index, told in zip(places, answers, strict=True):
             found[index] = _sides(told.probability, told.status)
         return found
+
+    def _liken(self, rows: list[dict[str, Any]]) -> list[list[Outcome]]:
+        """As `score`, against the reference of each row; without one it is `error`."""
+        asked = [
+            Reference(row.get("reference") or "", [text or "" for text in row["candidates"] or []], _lang(row))
+            for row in rows
+        ]
+        found: list[list[Reward]] = self._ask(lambda client: client.bleurt(asked))
+        return [[(each.reward, each.status) for each in answers] for answers in found]
 
     def _ask(self, question: Callable[[AsyncRewardClient], Awaitable[Any]]) -> Any:
         async def ask() -> Any:
@@ -230,5 +276,14 @@ def _query(row: dict[str, Any]) -> Query | None:
             return None
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
             return None
-    lang = language_of(row) if row.get("lang") else None
-    return Query(_turns(row["prompt"]), [text or "" for text in row["candidates"] or []], lang, tools)
+    return Query(_turns(row["prompt"]), [text or "" for text in row["candidates"] or []], _lang(row), tools)
+
+
+def _lang(row: dict[str, Any]) -> str | None:
+    return language_of(row) if row.get("lang") else None
+
+
+def _no_reward_model(name: str, config: ServiceScoring, kind: str) -> ConfigError:
+    return ConfigError(
+        f"'{name}' at '{config.endpoint}' is no reward model but of the kind '{kind}'; name a reward model."
+    )

@@ -127,7 +127,8 @@ def _add_operations(app: FastAPI, service: Service, judges: Judges, version: str
 
 async def _describe(service: Service, name: str) -> dict[str, Any]:
     model = service.find(name)
-    facts: dict[str, Any] = {}
+    # Of what kind it is hangs on no replica.
+    facts: dict[str, Any] = {"readout": "bleurt"} if model.config in service.config.bleurt else {}
     if model.config.is_always_on:
         facts = await model.backend.facts()
     return {

@@ -13,7 +13,7 @@ from rayrm.config import find_told
 from rayrm.errors import ConfigError, RayRMError, ServiceError
 from rayrm.scoring import SCORERS, Scoring, check_scoring
 from rayrm.scoring.custom import CustomClass, CustomScoring
-from rayrm.scoring.service import ServiceScoring, find_served
+from rayrm.scoring.service import ServiceScoring, find_revision
 from rayrm.training.launch import TrainingWorkers
 from rayrm.training.ppo.settings import PolicyGradient
 
@@ -58,7 +58,7 @@ class ScorerPool:
         Raises ServiceError when a service runs another one.
         """
         services = [config for config in self.configs.values() if isinstance(config, ServiceScoring)]
-        found = {config.name: find_served(config, config.timeout_s).revision for config in services}
+        found = {config.name: find_revision(config) for config in services}
         self.revisions = found | {name: revision for name, revision in known.items() if revision is not None}
         for name, revision in found.items():
             check_revision(name, revision, self.revisions[name])
