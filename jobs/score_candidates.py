@@ -11,6 +11,7 @@ from rayrm.config import NOT_IDENTITY, parse_args, run_job
 from rayrm.rows import Candidates, Scored
 from rayrm.runs import RowsJob, transform_rows
 from rayrm.scoring import Scoring, check_scoring, score_candidates
+from rayrm.scoring.identity import identify, known_scorers
 
 
 class ScoreCandidates(RowsJob):
@@ -23,11 +24,19 @@ class ScoreCandidates(RowsJob):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the job."""
+    """Run the job. `run.json` says of all scorers of the rows what they are."""
     config = parse_args(ScoreCandidates, argv)
     check_scoring(config.input, config.scoring)
     stage = partial(score_candidates, config=config.scoring)
-    transform_rows(config, Candidates, Scored, stage, {config.scoring.name: config.max_failed_fraction})
+    scorers = {**known_scorers(config.input), config.scoring.name: identify(config.scoring)}
+    transform_rows(
+        config,
+        Candidates,
+        Scored,
+        stage,
+        {config.scoring.name: config.max_failed_fraction},
+        summarise=lambda output: {"scorers": scorers},
+    )
 
 
 if __name__ == "__main__":

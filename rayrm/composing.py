@@ -68,6 +68,11 @@ class Part(Config):
         """What stands for it in logs: `grammar` of the whole text, else `grammar.spans`."""
         return self.scorer if self.unit == "text" else f"{self.scorer}.{self.unit}"
 
+    @property
+    def has_unit(self) -> bool:
+        """Whether its mean and standard deviation were said, in numbers or by a calibration."""
+        return self.calibration is not None or {"mean", "std"} <= self.model_fields_set
+
     def normalise(self, score: float) -> float:
         """The score in standard deviations from the mean."""
         return (score - self.mean) / self.std
@@ -90,7 +95,8 @@ class Composition(Config):
     aspects: list[Part] = Field([])
     """What judges a side of it."""
     threshold: float | None = None
-    """With hierarchical, the holistic score from which on aspects count, in standard deviations from the mean."""
+    """With hierarchical, the holistic score from which on aspects count, in standard deviations from the mean, which
+    `holistic` must say, by its calibration or by mean and std."""
 
     @model_validator(mode="after")
     def _fits_type(self) -> Self:
@@ -115,6 +121,11 @@ class Composition(Config):
             p.name for p in self.parts if p.weight == 0 and (p is not self.holistic or not wanted["threshold"])
         ]:
             raise ValueError(f"the weight of {', '.join(idle)} is 0, and it would be computed for nothing; remove it")
+        if wanted["threshold"] and self.holistic is not None and not self.holistic.has_unit:
+            raise ValueError(
+                "the threshold is in standard deviations, and holistic has none; set its calibration, or both mean and std "
+                "(0 and 1 for a score that is normalised already)"
+            )
         names = [part.name for part in self.parts]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"{', '.join(twice)} is in more than one part")

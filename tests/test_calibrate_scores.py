@@ -1,16 +1,30 @@
 """Mean and spread of scores by hand, and compositions that read them."""
 
+import json
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import test_gateway as base
+from test_client import Server
 
 from jobs.calibrate_scores import main
+from jobs.score_candidates import main as score_candidates
 from rayrm import files
-from rayrm.composing import read_constants, with_constants
-from rayrm.errors import EvaluationError, OutputExistsError, SchemaError
+from rayrm.composing import Composition, read_constants, with_constants
+from rayrm.errors import ConfigError, EvaluationError, OutputExistsError, SchemaError
 from rayrm.evaluation.scores import measure_scores
 from rayrm.rewarding import RewardingConfig
-from rayrm.scoring.reward_model import Spread
+from rayrm.scoring.bleurt import BleurtScoring
+from rayrm.scoring.custom import CustomScoring
+from rayrm.scoring.grammar import GrammarScoring
+from rayrm.scoring.identity import check_calibrations, identify
+from rayrm.scoring.length import LengthScoring
+from rayrm.scoring.reward_model import RewardModelScoring, Spread
+from rayrm.scoring.service import ServiceScoring
+
+
+replica = base.replica
 
 
 def scored(*rows):
@@ -105,3 +119,84 @@ def test_rows_without_scores_are_refused(tmp_path):
     with pytest.raises(SchemaError, match="The scores 'h' of '.*' are list<.*string>"):
         run(scored(("en", "de", ["a"], {"h": ["good"]})))
     assert not (tmp_path / "out").exists()
+
+
+# Whose scores they are.
+
+
+def composition(calibration, *names):
+    parts = [{"scorer": name, "calibration": calibration} for name in names]
+    return Composition.model_validate({"type": "aspect_only", "aspects": parts})
+
+
+def calibrate(folder, **scorers):
+    known = {name: {"mean": 0.0, "std": 1.0, "num": 9, "languages": {}, "rows": "x"} for name in scorers}
+    files.write_json(f"{folder}/run.json", {"scores": known, "scorers": scorers})
+    return str(folder)
+
+
+def test_a_calibration_of_another_scorer_is_refused(tmp_path):
+    for name in ("one", "same", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "weights").write_text("other" if name == "other" else "one")
+    made = {name: BleurtScoring(name="h", model=str(tmp_path / name)) for name in ("one", "same", "other")}
+    path = calibrate(tmp_path / "made", h=identify(made["one"]), g=identify(GrammarScoring(name="g")))
+    # The same weights at another place are the same scorer, and where it runs does not matter.
+    moved = made["same"].model_copy(update={"token_budget": 1, "name": "h"})
+    check_calibrations(composition(path, "h", "g"), [moved, GrammarScoring(name="g")])
+    told = r"The calibration of 'h' in '.*made' was measured with another scorer \({}\); score the samples with this sc"
+    for scorer, differing in [
+        (made["other"], r"inputs\.model: '[0-9a-f]+' there, '[0-9a-f]+' here"),
+        (made["one"].model_copy(update={"max_length": 64}), "max_length: None there, 64 here"),
+        (GrammarScoring(name="h"), "type: 'bleurt' there, 'grammar' here"),
+        (CustomScoring(name="h", scorer="x"), "type: 'bleurt' there, 'custom' here"),
+    ]:
+        with pytest.raises(ConfigError, match=told.format(differing)):
+            check_calibrations(composition(path, "h"), [scorer])
+    numbers = {"type": "aspect_only", "aspects": [{"scorer": "h", "mean": 1.0, "std": 2.0}]}
+    check_calibrations(Composition.model_validate(numbers), [made["other"]])
+
+
+def test_a_calibration_that_does_not_say_whose_it_is_is_refused(tmp_path):
+    path = calibrate(tmp_path)
+    with pytest.raises(ConfigError, match="does not say which scorer its calibration of 'g' was measured with"):
+        check_calibrations(composition(path, "g"), [GrammarScoring(name="g")])
+
+
+def test_a_served_model_has_the_calibration_that_was_measured_in_process(replica, served_model, tmp_path, monkeypatch):
+    path = calibrate(tmp_path, h=identify(RewardModelScoring(name="h", model=served_model)))
+    server = Server(base.make_client(replica).http._transport.app)
+    try:
+        service = ServiceScoring(name="h", endpoint=server.url)
+        assert identify(service) == {"type": "reward_model", "calibration": "none", "inputs": {"model": "d1"}}
+        check_calibrations(composition(path, "h"), [service])
+        with pytest.raises(ConfigError, match="calibration: 'none' there, 'overall' here"):
+            check_calibrations(composition(path, "h"), [service.model_copy(update={"calibration": "overall"})])
+        monkeypatch.setattr(replica, "revision", "d2")
+        with pytest.raises(ConfigError, match=r"inputs\.model: 'd1' there, 'd2' here"):
+            check_calibrations(composition(path, "h"), [service])
+    finally:
+        server.stop()
+
+
+@pytest.mark.ray
+def test_what_scored_is_told_from_job_to_job(path, tmp_path, ray_cluster, caplog):
+    table = scored(*ROWS).drop_columns(["scores", "status"])
+    pq.write_table(table.append_column("source", pa.array(["x"] * 3)), path)
+    one, two = {"type": "length", "name": "l"}, {"type": "length", "name": "m", "ratios": {"en-de": 1.5}}
+    before = path
+    for index, scoring in enumerate((one, two)):
+        values = [f"scoring.{key}={json.dumps(value)}" for key, value in scoring.items()]
+        output = f"{tmp_path}/scored-{index}"
+        score_candidates([f"input={before}", f"output={output}", "max_failed_fraction=1", *values])
+        before = output
+    main([f"input={before}", f"output={tmp_path}/calibration"])
+    scorers = files.read_json(f"{tmp_path}/calibration/run.json")["scorers"]
+    assert {name: (told["type"], told["ratios"]) for name, told in scorers.items()} == {
+        "l": ("length", {}),
+        "m": ("length", {"en-de": 1.5}),
+    }
+    check_calibrations(composition(f"{tmp_path}/calibration", "l"), [LengthScoring(name="l")])
+    with pytest.raises(ConfigError, match=r"ratios.* there, .* here"):
+        check_calibrations(composition(f"{tmp_path}/calibration", "m"), [LengthScoring(name="m")])

@@ -121,7 +121,7 @@ def test_every_type_by_hand(values, expected):
 @pytest.mark.parametrize(("raw", "is_open"), [(1.999, False), (2.0, True), (2.001, True)])
 def test_the_gate_closes_only_below_the_threshold(raw, is_open):
     # The shaped holistic score is never above 0.5, and would never open it; nor does the weight count.
-    gated = {"holistic": part("h", std=4, weight=0.1, shaping="centred_sigmoid"), "aspects": [part("a")]}
+    gated = {"holistic": part("h", mean=0, std=4, weight=0.1, shaping="centred_sigmoid"), "aspects": [part("a")]}
     reward, found = composed({"type": "hierarchical", "threshold": 0.5, **gated}, h=raw, a=10.0)
     assert found == is_open
     assert reward == pytest.approx(0.1 * (1 / (1 + math.exp(-raw / 4)) - 0.5) + (10.0 if is_open else 0.0))
@@ -174,7 +174,12 @@ def test_spans_are_shaped_one_by_one_and_no_span_is_zero():
     assert compose("abcdef", {("g", "spans"): []}, values) == ([], 0.0, {"g.spans": 0.0}, None)
 
 
-GATED = {"type": "hierarchical", "holistic": part("h"), "aspects": [part("a"), part("b")], "threshold": 0.0}
+GATED = {
+    "type": "hierarchical",
+    "holistic": part("h", mean=0, std=1),
+    "aspects": [part("a"), part("b")],
+    "threshold": 0.0,
+}
 
 
 def test_a_text_whose_reward_lacks_a_score_has_none():
@@ -219,13 +224,22 @@ def test_sums_of_rewards_are_those_of_their_parts():
     [
         ({}, "type holistic_only needs holistic"),
         ({"type": "aspect_only"}, "type aspect_only needs aspects"),
-        ({"type": "hierarchical", "holistic": part("h")}, "type hierarchical needs aspects and threshold"),
+        (
+            {"type": "hierarchical", "holistic": part("h", mean=0, std=1)},
+            "type hierarchical needs aspects and threshold",
+        ),
         ({"holistic": part("h"), "aspects": [part("a")]}, "type holistic_only does not use aspects; leave it out"),
         ({"type": "aspect_only", "holistic": part("h"), "aspects": [part("a")]}, "does not use holistic"),
         (
             {"type": "weighted_sum", "holistic": part("h"), "aspects": [part("a")], "threshold": 0.0},
             "type weighted_sum does not use threshold",
         ),
+        (
+            {**GATED, "holistic": part("h")},
+            "threshold is in standard deviations, and holistic has none; set its calibrat",
+        ),
+        ({**GATED, "holistic": part("h", std=2.0)}, "set its calibration, or both mean and std"),
+        ({**GATED, "holistic": part("h", mean=2.0)}, "set its calibration, or both mean and std"),
         ({"holistic": part("h", unit="sentences")}, "the unit of holistic is 'sentences'"),
         ({"holistic": part("h", weight=0)}, "the weight of h is 0"),
         ({**GATED, "aspects": [part("a"), part("b", weight=0)]}, "the weight of b is 0"),
@@ -243,7 +257,7 @@ def test_what_does_not_fit_its_type_is_refused(values, told):
 
 
 def test_a_holistic_score_may_be_a_gate_alone_and_a_scorer_give_two_units():
-    values = {**GATED, "holistic": part("h", weight=0), "aspects": [part("h", unit="sentences")]}
+    values = {**GATED, "holistic": part("h", mean=0, std=1, weight=0), "aspects": [part("h", unit="sentences")]}
     found = {("h", "text"): [Unit(0, 3, 1.0)], ("h", "sentences"): [Unit(0, 3, 5.0)]}
     assert compose("Ja.", found, composition(**values)).total == 5.0
 

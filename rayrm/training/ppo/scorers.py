@@ -13,6 +13,7 @@ from rayrm.config import find_told
 from rayrm.errors import ConfigError, RayRMError, ServiceError
 from rayrm.scoring import SCORERS, Scoring, check_scoring
 from rayrm.scoring.custom import CustomClass, CustomScoring
+from rayrm.scoring.identity import check_calibrations
 from rayrm.scoring.service import ServiceScoring, find_revision
 from rayrm.training.launch import TrainingWorkers
 from rayrm.training.ppo.settings import PolicyGradient
@@ -168,8 +169,8 @@ def check_revision(name: str, found: str | None, wanted: str | None) -> None:
 def check_rewarded(training: PolicyGradient, rows: str, workers: TrainingWorkers) -> None:
     """Find out, before anything starts, whether completions of the prompts at `rows` can be drawn and scored.
 
-    Raises what `check_scoring` and `with_constants` raise, ConfigError for a scorer that is asked for spans and marks
-    none, and ResourceError when all actors of a run can never be there at the same time.
+    Raises what `check_scoring`, `with_constants` and `check_calibrations` raise, ConfigError for a scorer that is asked
+    for spans and marks none, and ResourceError when all actors of a run can never be there at the same time.
     """
     with_constants(training.rewarding)
     asked = {part.key for part in training.rewarding.parts}
@@ -182,3 +183,4 @@ def check_rewarded(training: PolicyGradient, rows: str, workers: TrainingWorkers
         made_of = CustomClass(config.scorer).make if isinstance(config, CustomScoring) else SCORERS[config.type]
         if (config.name, "spans") in asked and not hasattr(made_of, "spans"):
             raise ConfigError(f"rewarding asks the scorer '{config.name}' for spans, and '{config.type}' marks none.")
+    check_calibrations(training.rewarding, training.scorers)

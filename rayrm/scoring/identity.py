@@ -1,0 +1,72 @@
+"""What tells two scorers apart: whatever their scores hang on, wherever they run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rayrm import files
+from rayrm.composing import Composition
+from rayrm.config import identity
+from rayrm.errors import ConfigError
+from rayrm.runs import input_paths
+from rayrm.scoring.service import ServiceScoring, find_revision, recall_served
+
+
+def identify(config: Any) -> dict[str, Any]:
+    """Type, settings and fingerprints of models of a scorer, without its name and its place.
+
+    A model of a service is known by its revision, which is the fingerprint that it has in process too. Raises
+    ConfigError where there is no model, and what `find_revision` raises.
+    """
+    if isinstance(config, ServiceScoring):
+        model = find_revision(config)
+        kind = "bleurt" if recall_served(config).readout == "bleurt" else "reward_model"
+        unit = {} if kind == "bleurt" else {"calibration": config.calibration}
+        return {"type": kind, **unit, "inputs": {"model": model}}
+    inputs = {name: files.fingerprint(path).partition(":")[2] for name, path in input_paths(config).items()}
+    return {**{name: value for name, value in identity(config).items() if name != "name"}, "inputs": inputs}
+
+
+def known_scorers(path: str) -> dict[str, Any]:
+    """What the scorers of the rows at `path` are, by their names, as score_candidates has written it beside them.
+
+    Nothing for rows that it has not written.
+    """
+    found: dict[str, Any] = (files.read_json(files.join(path, files.RUN_MARK)) or {}).get("scorers", {})
+    return found
+
+
+def check_calibrations(composition: Composition, scorers: Sequence[Any]) -> None:
+    """Raise ConfigError for a part whose calibration was measured with another scorer than its own of `scorers`.
+
+    What only one of both sides tells is not compared: a service does not say how its model is set up. Raises as
+    `identify` too.
+    """
+    configs = {config.name: config for config in scorers}
+    for name, path in ((part.scorer, part.calibration) for part in composition.parts):
+        if path is None:
+            continue
+        again = "score the samples with this scorer and run calibrate_scores again, into another output"
+        measured = known_scorers(path).get(name)
+        if measured is None:
+            raise ConfigError(
+                f"'{path}' does not say which scorer its calibration of '{name}' was measured with; {again}, or set mean "
+                "and std in its place."
+            )
+        if differing := _differences(measured, identify(configs[name])):
+            raise ConfigError(
+                f"The calibration of '{name}' in '{path}' was measured with another scorer ({'; '.join(differing)}); "
+                f"{again}."
+            )
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any], name: str = "") -> list[str]:
+    """Of what both sides tell."""
+    found = []
+    for key in sorted(there.keys() & here.keys()):
+        if isinstance(there[key], dict) and isinstance(here[key], dict):
+            found += _differences(there[key], here[key], f"{name}{key}.")
+        elif there[key] != here[key]:
+            found.append(f"{name}{key}: {there[key]!r} there, {here[key]!r} here")
+    return found
