@@ -23,7 +23,6 @@ from rayrm.scoring.length import LengthScoring
 from rayrm.scoring.reward_model import RewardModelScoring, Spread
 from rayrm.scoring.service import ServiceScoring
 
-
 replica = base.replica
 
 

@@ -61,12 +61,12 @@ def check_calibrations(composition: Composition, scorers: Sequence[Any]) -> None
             )
 
 
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any], name: str = "") -> list[str]:
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """Of what both sides tell."""
-    found = []
-    for key in sorted(there.keys() & here.keys()):
-        if isinstance(there[key], dict) and isinstance(here[key], dict):
-            found += _differences(there[key], here[key], f"{name}{key}.")
-        elif there[key] != here[key]:
-            found.append(f"{name}{key}: {there[key]!r} there, {here[key]!r} here")
-    return found
+    both = [("", there, here), ("inputs.", there["inputs"], here["inputs"])]
+    return [
+        f"{prefix}{key}: {one[key]!r} there, {other[key]!r} here"
+        for prefix, one, other in both
+        for key in sorted(one.keys() & other.keys() - {"inputs"})
+        if one[key] != other[key]
+    ]
