@@ -5,8 +5,10 @@ import random
 import numpy as np
 import pytest
 
+from rayrm.composing import Composition, Unit, asked_units, compose
 from rayrm.models.creation import CreationConfig, train_tokenizer
 from rayrm.placing import Point, place, token_ends
+from rayrm.scoring.base import Span
 
 TEXTS = [
     "Das ist ein Haus.",
@@ -186,3 +188,86 @@ def test_texts_that_are_cleaned_up_afterwards_have_ends_too():
     ids = [2, 6, 7, 8, 5]
     assert [cleaned(ids[: i + 1]) for i in range(5)] == ["Das", "Dasn", "Dasn '", "Dasn't", "Dasn't."]
     assert token_ends(ids, cleaned) == [3, 4, 4, 6, 7]
+
+
+# From scores to tokens, by hand.
+
+TEXT = "\n Grüß. 猫！"
+"""With the white space that it begins with; a token is a byte, and the last one its end:
+\\n 0, space 1, G 2, r 3, ü 4 and 5, ß 6 and 7, full stop 8, space 9, 猫 10 to 12, ！ 13 to 15, end 16."""
+WANTED = {
+    "h": {16: 1.5},  # 3 · (2 − 1) / 2 on the last token.
+    "a": {8: 0.5, 16: -2.0},  # Half of 1 and −4, at the ends of "Grüß." and " 猫！".
+    "g": {5: -1.0, 12: -0.5},  # "rü" and "猫", whose last bytes make them whole.
+}
+PARTS = {
+    "type": "weighted_sum",
+    "holistic": {"scorer": "h", "weight": 3, "mean": 1, "std": 2},
+    "aspects": [{"scorer": "a", "unit": "sentences", "weight": 0.5}, {"scorer": "g", "unit": "spans"}],
+}
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes, and 256 the end."""
+
+    all_special_ids = (256,)
+
+    def decode(self, ids, skip_special_tokens=True):
+        return bytes(token for token in ids if token < 256).decode("utf-8", "replace")
+
+
+def on_tokens(num, *wanted):
+    return [sum(part.get(token, 0.0) for part in wanted) for token in range(num)]
+
+
+def test_sentences_and_spans_of_bytes_stand_where_they_end():
+    text, ids = TEXT[2:], [*TEXT[2:].encode(), 256]
+    assert asked_units(text, "sentences") == [(0, 5), (5, 8)]
+    found = {
+        ("h", "text"): [Unit(0, 8, 2.0)],
+        ("a", "sentences"): [Unit(0, 5, 1.0), Unit(5, 8, -4.0)],
+        ("g", "spans"): [Unit(1, 3, -1.0), Unit(6, 7, -0.5)],
+    }
+    composed = compose(text, found, Composition.model_validate(PARTS))
+    assert composed.parts == {"h": 1.5, "a.sentences": -1.5, "g.spans": -1.5} and composed.total == -1.5
+    placed = place(composed.points, token_ends(ids, Bytes().decode))
+    # Without the two tokens of white space.
+    assert placed.tolist() == on_tokens(17, *WANTED.values())[2:] and placed.sum() == -1.5
+
+
+def test_a_sample_has_its_rewards_on_its_own_tokens_behind_its_white_space():
+    from rayrm.models.vllm import Drawn
+    from rayrm.training.ppo.collecting import Collector, PromptRow
+    from rayrm.training.ppo.settings import PPO
+
+    ids = [*TEXT.encode(), 256]
+    seen = {}
+
+    class Rollouts:
+        def draw(self, requests):
+            yield requests, [[Drawn(ids, [-1.0] * len(ids), True)] for _ in requests], None
+
+    class Scorers:
+        """What was asked for is what was told here; a row brings the columns that a scorer may need."""
+
+        def submit(self, name, unit, rows):
+            (seen[name],) = rows
+            if unit == "spans":
+                return [[[Span(1, 3, -1.0), Span(6, 7, -0.5)]]]
+            return [[(score, "ok") for score in {"h": [2.0], "a": [1.0, -4.0]}[name]]]
+
+        def result(self, ticket):
+            return ticket
+
+    scorers = [{"type": "custom", "name": name, "scorer": "x"} for name in WANTED]
+    training = PPO.model_validate({"model": "x", "scorers": scorers, "rewarding": PARTS})
+    values = {"id": "1", "lang": "de", "prompt": [{"role": "user", "content": "p"}], "tools": "[]", "topic": "t"}
+    (sample,) = Collector(training, Bytes(), Rollouts(), Scorers()).collect([(0, PromptRow(values, [1]))], "v").samples
+    assert sample.fault is None and sample.reward == -1.5 and sum(sample.token_rewards) == -1.5
+    assert sample.token_rewards == on_tokens(17, *WANTED.values())
+    assert {name: row["candidates"] for name, row in seen.items()} == {
+        "h": ["Grüß. 猫！"],
+        "a": ["Grüß.", " 猫！"],
+        "g": ["Grüß. 猫！"],
+    }
+    assert all((row["tools"], row["topic"]) == ("[]", "t") for row in seen.values())
