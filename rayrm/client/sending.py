@@ -66,7 +66,7 @@ class Sender:
 
         # With escapes, so that halves of characters cost their own item and not the request.
         content = None if body is None else json.dumps(body)
-        pause, told = FIRST_PAUSE_S, "the time was over before it was sent"
+        pause, told = FIRST_PAUSE_S, ""
         while (left := end - time.monotonic()) > 0:
             wanted_s = None
             try:
@@ -79,7 +79,6 @@ class Sender:
                     refused = f"{self.url} refuses {path} ({reply.status_code}): {told}"
                     raise RefusedError(refused, reply.status_code, told)
             except TimeoutError:
-                told = "it was still at work"
                 break
             except (httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.DecodingError) as error:
                 raise ServiceError(f"{path} cannot be asked for at '{self.url}': {error}.") from None
@@ -92,7 +91,7 @@ class Sender:
             await asyncio.sleep(wait_s)
             pause = min(2 * pause, LONGEST_PAUSE_S)
         raise LateError(
-            f"{self.url} has not answered {path} within {self.timeout_s:g} s ({told}); see whether it runs, or raise "
+            f"{self.url} has not answered {path} within {self.timeout_s:g} s ({told or 'it was still at work'}); see whether it runs, or raise "
             "timeout_s."
         )
 
