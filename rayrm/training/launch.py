@@ -102,20 +102,27 @@ def launch(
 
     States are reported to `<output>/state/step-N`, and the last two stay; a run that is started again finds the last
     one through `ray.train.get_checkpoint()`. Running out of memory is no failure as long as the next attempt has a
-    smaller micro batch. Raises CheckpointError with the worker's own words when training fails for good,
+    smaller micro batch. Workers that lack a node wait for it, and a node that goes while they are placed on it counts
+    as one of `max_failures`. Raises CheckpointError with the worker's own words when training fails for good,
     and ResourceError when the cluster can never hold the workers.
     """
     cluster.require(workers.num_workers, workers.num_cpus, workers.num_gpus, what)
-    from ray.train import TrainingFailedError
+    from ray.train import ControllerError, TrainingFailedError
 
     fault = files.join(output, FAULT)
+    failures_left = workers.max_failures
     while True:
         before = files.read_json(files.join(output, MICRO_BATCH))
         try:
             return dict(_trainer(partial(_tell, loop, fault), loop_config, output, workers).fit().return_value or {})
         except TrainingFailedError as error:
-            if files.read_json(files.join(output, MICRO_BATCH)) == before:
+            if files.read_json(files.join(output, MICRO_BATCH)) != before:
+                continue
+            # Ray Train waits for nodes by itself, and gives up only where its own calls meet one that dies.
+            if not isinstance(error, ControllerError) or not failures_left:
                 raise CheckpointError(f"Training into '{output}' failed: {_root_cause(error)}") from error
+            failures_left -= 1
+            log.warning("The training workers could not be placed, and begin again: %s", _root_cause(error))
         finally:
             files.remove(fault)
 
