@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from rayrm.config import NOT_IDENTITY, Config
 from rayrm.errors import CheckpointError, ConfigError
+from rayrm.models.vllm_ranks import end_with_parent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -136,6 +137,8 @@ class Engine:
         except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
             reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
             raise CheckpointError(f"vLLM cannot serve '{model}': {reason}.") from error
+        if config.tensor_parallel_size > 1:
+            self.llm.collective_rpc(end_with_parent)
         self.max_model_len: int = self.llm.model_config.max_model_len
         """Most tokens of a prompt with its completion."""
         self._special = dict(self.llm.get_tokenizer().get_added_vocab())
