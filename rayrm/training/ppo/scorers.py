@@ -47,7 +47,9 @@ class ScorerPool:
 
     def __init__(self, scorers: Sequence[Scoring], max_failures: int) -> None:
         self.configs = {config.name: config for config in scorers}
+        self.max_failures = max_failures
         self.failures_left = max_failures
+        """Deaths that are got over before the next answer."""
         self.actors: dict[str, list[Any]] = {}
         self.busy_s = 0.0
         self.revisions: dict[str, str | None] = {}
@@ -77,7 +79,7 @@ class ScorerPool:
     def result(self, ticket: Ticket) -> list[Any]:
         """For each row what the scorer gives its candidates.
 
-        Raises what the scorer raises, and RayRMError when its actors have died too often.
+        Raises what the scorer raises, and RayRMError when actors have died more than `max_failures` times meanwhile.
         """
         import ray
         from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayError
@@ -96,6 +98,7 @@ class ScorerPool:
                     if not isinstance(error, RayActorError | ObjectLostError | OutOfMemoryError):
                         raise
                     share = self._replace(ticket, share)
+        self.failures_left = self.max_failures
         found: list[Any] = [None] * sum(len(share.rows) for share in ticket.shares)
         for place, answer in enumerate(answers):
             found[place :: len(answers)] = answer
