@@ -36,7 +36,8 @@ class RolloutConfig(Config):
     workers: Workers = Field(default_factory=Workers, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
     """Actors that draw, one engine in each; `max_workers` stays null."""
     max_failures: int = Field(3, ge=0, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
-    """How many deaths of actors a run gets over."""
+    """How many actors may die before a whole draw succeeds, after which they are counted anew; a scorer's likewise,
+    before it gives an answer."""
 
     @model_validator(mode="after")
     def _fits(self) -> RolloutConfig:
@@ -64,7 +65,7 @@ class Request(NamedTuple):
 
 
 Chunk = tuple[list[Request], list[list[Drawn]], int]
-"""Requests, the completions of each, and the version of the weights that drew them."""
+"""Requests, the completions of each, and the version of the weights that drew them, as the engine knows it."""
 
 
 class Weights(NamedTuple):
@@ -80,21 +81,31 @@ class Weights(NamedTuple):
 class RolloutPool:
     """Actors that draw completions of a policy, and are started again when they die.
 
-    `model` is a folder or hub id. Nothing is started before the first draw. Draws hang on a request's seed and on the
-    weights alone, so a chunk that died with its actor comes out the same when another one draws it. The actors end
-    with the process that made them. Raises ConfigError for `stop` texts, which do not end these completions.
+    `model` is a folder or hub id, and `max_model_len` what a prompt with its completion has at the most, for engines
+    whose settings leave that open. Nothing is started before the first draw. An actor that is being started gets work
+    once it is there, and the others go on meanwhile. Draws hang on a request's seed and on the weights alone, so a
+    chunk that died with its actor comes out the same when another one draws it. The actors end with the process that
+    made them. Raises ConfigError for `stop` texts, which do not end these completions.
     """
 
-    def __init__(self, model: str, config: RolloutConfig, decoding: DecodingConfig) -> None:
+    def __init__(
+        self, model: str, config: RolloutConfig, decoding: DecodingConfig, max_model_len: int | None = None
+    ) -> None:
         if decoding.stop:
             raise ConfigError(
                 f"stop is {decoding.stop}, and completions that are learned from end at end tokens alone."
             )
+        if config.settings.max_model_len is None:
+            settings = config.settings.model_copy(update={"max_model_len": max_model_len})
+            config = config.model_copy(update={"settings": settings})
         self.model, self.config, self.decoding = model, config, decoding
         self.num_failures = 0
+        """Deaths since the last whole draw."""
         self._weights = Weights()
-        self._actors: list[Any] = []
-        self._held: dict[Any, int] = {}
+        self._actors: dict[Any, int] = {}
+        """The number of the weights that each was sent last."""
+        self._starting: dict[Any, Any] = {}
+        """Actors that are not there yet, by what Ray answers with once they are."""
 
     def push(self, state: Mapping[str, torch.Tensor], version: int) -> None:
         """Hand over all weights of the policy, by the names of its Hugging Face files; tied ones may be absent.
@@ -111,7 +122,7 @@ class RolloutPool:
         """Completions of all requests, in chunks as they are done, drawn with the weights that were pushed last.
 
         One draw at a time; it may run in another thread than `push`. Raises what an engine raises as it is, and
-        RayRMError when more than `max_failures` actors have died.
+        RayRMError when more than `max_failures` actors have died since the last whole draw.
         """
         return self._draw(list(requests), self._weights)
 
@@ -121,7 +132,7 @@ class RolloutPool:
 
         for actor in self._actors:
             ray.kill(actor)
-        self._actors, self._held = [], {}
+        self._actors, self._starting = {}, {}
 
     def _draw(self, requests: list[Request], weights: Weights) -> Iterator[Chunk]:
         import ray
@@ -129,36 +140,39 @@ class RolloutPool:
         if not self._actors:
             self._start_all()
         chunks = split_requests(requests, len(self._actors))[::-1]
-        free = list(self._actors)
+        late = set(self._starting.values())
+        free = [actor for actor in self._actors if actor not in late]
         running: dict[Any, tuple[Any, list[Request]]] = {}
         while chunks or running:
             while chunks and free:
                 actor, chunk = free.pop(0), chunks.pop()
                 running[self._ask(actor, chunk, weights)] = actor, chunk
-            (done,), _ = ray.wait(list(running))
-            actor, chunk = running.pop(done)
-            drawn = self._result(done)
-            if drawn is None:
-                actor = self._replace(actor)
-                chunks.append(chunk)
+            (done,), _ = ray.wait([*self._starting, *running])
+            answer = self._result(done)
+            actor, chunk = running.pop(done) if done in running else (self._starting.pop(done), [])
+            if answer is None:
+                self._replace(actor)
+                chunks += [chunk] if chunk else []
+                continue
             free.append(actor)
-            if drawn is not None:
-                yield chunk, drawn, weights.version
+            if chunk:
+                version, drawn = answer
+                yield chunk, drawn, version
+        self.num_failures = 0
 
     def _ask(self, actor: Any, chunk: list[Request], weights: Weights) -> Any:
         # An actor that holds these weights already is sent none.
-        is_new = self._held[actor] != weights.number
-        self._held[actor] = weights.number
-        return actor.draw.remote(chunk, self.decoding, weights.reference if is_new else None)
+        is_new = self._actors[actor] != weights.number
+        self._actors[actor] = weights.number
+        return actor.draw.remote(chunk, self.decoding, weights.version, weights.reference if is_new else None)
 
-    def _result(self, reference: Any) -> list[list[Drawn]] | None:
-        """What an actor drew; None where it died."""
+    def _result(self, reference: Any) -> Any:
+        """What an actor answers; None where it died."""
         import ray
         from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayError
 
         try:
-            drawn: list[list[Drawn]] = ray.get(reference)
-            return drawn
+            return ray.get(reference)
         except RayError as error:
             told = find_told(error)
             if told is not None:
@@ -169,8 +183,8 @@ class RolloutPool:
             reason = str(error).strip().splitlines()[0].rstrip(".")
             if self.num_failures > self.config.max_failures:
                 raise RayRMError(
-                    f"{self.num_failures} rollout actors died, and max_failures is {self.config.max_failures}; the last "
-                    f"one with: {reason}."
+                    f"{self.num_failures} rollout actors died since the last whole draw, and max_failures is "
+                    f"{self.config.max_failures}; the last one with: {reason}."
                 ) from error
             log.warning("A rollout actor died and is started again: %s.", reason)
             return None
@@ -179,9 +193,9 @@ class RolloutPool:
         workers = self.config.workers
         cluster.require(workers.num_workers, workers.num_cpus, workers.num_gpus, "Rollouts")
         for _ in range(workers.num_workers):
-            self._actors.append(self._start())
+            self._start()
 
-    def _start(self) -> Any:
+    def _start(self) -> None:
         import ray
 
         workers = self.config.workers
@@ -190,18 +204,16 @@ class RolloutPool:
             num_cpus=workers.num_cpus, num_gpus=workers.num_gpus, scheduling_strategy="DEFAULT"
         )(RolloutActor)
         actor = actor_class.remote(self.model, self.config)
-        self._held[actor] = 0
-        return actor
+        self._actors[actor] = 0
+        self._starting[actor.__ray_ready__.remote()] = actor
 
-    def _replace(self, dead: Any) -> Any:
+    def _replace(self, dead: Any) -> None:
         import ray
 
         # It may be out of reach only, and must not hold its resources then.
         ray.kill(dead)
-        del self._held[dead]
-        actor = self._start()
-        self._actors[self._actors.index(dead)] = actor
-        return actor
+        del self._actors[dead]
+        self._start()
 
 
 class RolloutActor:
@@ -209,6 +221,7 @@ class RolloutActor:
     of this node is of another kind than the config asks for."""
 
     def __init__(self, model: str, config: RolloutConfig) -> None:
+        self.version = 0
         num_threads = max(1, int(config.workers.num_cpus))
         if config.engine == "vllm":
             from rayrm.models.folders import local_model
@@ -221,14 +234,17 @@ class RolloutActor:
             self.engine = TransformersEngine(model, config.settings, num_threads)
 
     def draw(
-        self, requests: list[Request], decoding: DecodingConfig, state: dict[str, Any] | None
-    ) -> list[list[Drawn]]:
-        """The completions of each request, after taking the weights `state` where there are some."""
+        self, requests: list[Request], decoding: DecodingConfig, version: int, state: dict[str, Any] | None
+    ) -> tuple[int, list[list[Drawn]]]:
+        """The version of the weights that are held, and the completions of each request by them.
+
+        Where there is a `state`, of `version`, its weights are taken first.
+        """
         if state is not None:
             self.engine.load_weights({name: _unpack(*packed) for name, packed in state.items()})
+            self.version = version
         prompts, seeds = [request.prompt_ids for request in requests], [request.seed for request in requests]
-        drawn: list[list[Drawn]] = self.engine.draw(prompts, seeds, decoding)
-        return drawn
+        return self.version, self.engine.draw(prompts, seeds, decoding)
 
 
 def split_requests(requests: list[Request], num_workers: int) -> list[list[Request]]:
