@@ -112,24 +112,26 @@ class GenerateActor:
     def __init__(self, model: str, config: RolloutConfig) -> None:
         self.engine = GenerateEngine(model)
 
-    def draw(self, requests: list[Any], decoding: DecodingConfig, state: dict[str, Any] | None) -> list[list[Drawn]]:
+    def draw(
+        self, requests: list[Any], decoding: DecodingConfig, version: int, state: dict[str, Any] | None
+    ) -> tuple[int, list[list[Drawn]]]:
         """As RolloutActor.draw."""
         from rayrm.training.ppo.rollouts import _unpack
 
         if state is not None:
             self.engine.load_weights({name: _unpack(*packed) for name, packed in state.items()})
-        return self.engine.draw([r.prompt_ids for r in requests], [r.seed for r in requests], decoding)
+        return version, self.engine.draw([r.prompt_ids for r in requests], [r.seed for r in requests], decoding)
 
 
 class GeneratePool(RolloutPool):
     """As RolloutPool, with transformers.generate."""
 
-    def _start(self) -> Any:
+    def _start(self) -> None:
         import ray
 
         actor = ray.remote(num_cpus=2)(GenerateActor).remote(self.model, self.config)
-        self._held[actor] = 0
-        return actor
+        self._actors[actor] = 0
+        self._starting[actor.__ray_ready__.remote()] = actor
 
 
 def main() -> None:

@@ -114,7 +114,7 @@ def make_job(data, output, zero_stage=0, save_steps=100, log_steps=1, **training
 class Rollouts:
     """A real sampler, in this process."""
 
-    def __init__(self, model, config, decoding):
+    def __init__(self, model, config, decoding, max_model_len):
         from rayrm.models.generating import TransformersEngine
 
         self.engine = TransformersEngine(model, EngineConfig())

@@ -86,7 +86,14 @@ class RewardedTrainer:
         self.seconds: dict[str, float] = {}
         """What the parts of the next step have taken so far."""
         self.thread = ThreadPoolExecutor(max_workers=1)
-        self.rollouts = RolloutPool(self.training.model, self.training.rollouts, self.training.sampling)
+        # An encoder-decoder's prompt and completion do not share their room.
+        is_encoder = self.learner.network.policy.config.is_encoder_decoder
+        self.rollouts = RolloutPool(
+            self.training.model,
+            self.training.rollouts,
+            self.training.sampling,
+            max_model_len=None if is_encoder else self.training.max_length,
+        )
         self.scorers = ScorerPool(self.training.scorers, self.training.rollouts.max_failures)
         self.collector = Collector(self.training, self.renderer.tokenizer, self.rollouts, self.scorers)
 
