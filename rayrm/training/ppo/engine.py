@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def make_engine(job: RewardedJob, template: str | None, micro_batch_size: int) -
     settings = deepspeed_config(parallelism, micro_batch_size, 1, bf16, training.max_grad_norm)
     # The last forward pass of an update is the one before `step()`, so updates may have different numbers of them.
     settings["managed_gradient_accumulation"] = False
+    if not settings["zero_optimization"]["stage"]:
+        settings["gradient_clipping"] = 0.0
     if parallelism.zero_stage == 3:
         # A parameter that stays whole would not follow when other weights stand in for it.
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -69,7 +72,23 @@ def make_engine(job: RewardedJob, template: str | None, micro_batch_size: int) -
         head = {"params": list(network.value_head.parameters()), "lr": training.value_lr, "weight_decay": 0.0}
         optimizer.add_param_group({**head, OWN_LR: True})
     engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=settings)
+    if not settings["zero_optimization"]["stage"]:
+        clip_gradients(engine, training.max_grad_norm)
     return engine, Renderer(tokenizer, template)
+
+
+def clip_gradients(engine: Any, max_norm: float) -> None:
+    """Clip at ZeRO stage 0 as DeepSpeed's other stages do: tell the norm, and leave out a step that is not finite."""
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+
+    def clip(optimizer: Any, args: Any, kwargs: Any) -> None:
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+        # Where the engine looks for it.
+        optimizer._global_grad_norm = norm
+        if not math.isfinite(norm):
+            optimizer.zero_grad()
+
+    engine.optimizer.register_step_pre_hook(clip)
 
 
 def load_network(training: RewardedTraining, dtype: torch.dtype, has_dropout: bool = True) -> Any:

@@ -109,7 +109,8 @@ class Learner:
     ) -> dict[str, float]:
         """All updates of a step, and what was measured on the way: means over their tokens.
 
-        Raises CheckpointError when a loss is not finite.
+        `grad_norm` is that of the gradients before they are clipped. Raises CheckpointError when a loss or a gradient is
+        not finite; the weights are then as they were before that update.
         """
         warms_up = isinstance(self.training, PPO) and step < self.training.value_warmup_steps
         self.network.values_alone = warms_up
@@ -152,13 +153,19 @@ class Learner:
             measured["loss"] = loss * counts * num_tokens / self.world
             for name, values in measured.items():
                 sums[name] = sums.get(name, 0.0) + (0.0 if is_padding else float(values.detach().double().sum()))
-        self.engine.step()
         totals = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.engine.device)
         dist.all_reduce(totals)
         means = dict(zip(sums, (totals / num_tokens).tolist(), strict=True))
         if not math.isfinite(means["loss"]):
             raise CheckpointError(f"The loss is {means['loss']} at step {step + 1}; try a lower lr or more warmup.")
-        return means
+        self.engine.step()
+        # DeepSpeed leaves out a step whose gradients are not finite.
+        norm = float(self.engine.get_global_grad_norm())
+        if not math.isfinite(norm):
+            raise CheckpointError(
+                f"The norm of the gradient is {norm} at step {step + 1}; try a lower lr, more warmup, or precision fp32."
+            )
+        return means | {"grad_norm": norm}
 
     def _losses(
         self,

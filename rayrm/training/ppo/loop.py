@@ -224,9 +224,6 @@ class RewardedTrainer:
         found = describe_experience(experience, told, self.learner.reference is not None)
         found |= self.learner.learn(experience, advantages, returns, self.step, self.coefficient)
         found |= {"lr": lr, "drift/limit": self.job.max_drift}
-        norm = self.learner.engine.get_global_grad_norm()
-        if norm is not None:
-            found["grad_norm"] = float(norm)
         if "kl" in found:
             self.coefficient = self.training.kl.adapt(self.coefficient, found["kl"], len(experience.samples))
         return found
