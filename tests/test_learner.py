@@ -105,3 +105,34 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_spoils_nothing(policy, z
         take_step(learner, step=2)
     for name, tensor in weights_of(learner).items():
         assert torch.equal(tensor, before[name])
+
+
+def moments_of(learner):
+    """Adam's moments and steps, by the size of what they are for."""
+    states = learner.engine.basic_optimizer.state.values()
+    return sorted((len(s["exp_avg"].flatten()), float(s["exp_avg_sq"].sum()), float(s["step"])) for s in states)
+
+
+@pytest.mark.parametrize(("zero_stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
+def test_while_values_warm_up_the_policy_stays_as_it_was_to_the_last_bit(policy, zero_stage, precision):
+    values = {"value_warmup_steps": 2, "weight_decay": 0.1, "schedule": "linear", "num_updates": 1}
+    parallelism = {"precision": precision, "gradient_checkpointing": zero_stage == 3}
+    learner = make_learner(policy, zero_stage, parallelism=parallelism, **values)
+    before = weights_of(learner)
+    rates = []
+    for step in range(2):
+        rates.append(learner.set_lr(step, 6))
+        take_step(learner, step)
+    after = weights_of(learner)
+    moved = [name for name, tensor in after.items() if not torch.equal(tensor, before[name])]
+    assert moved == ["value_head.weight", "value_head.bias"]
+    counts = [steps for _, squares, steps in moments_of(learner) if not squares]
+    assert not any(counts)
+    rates.append(learner.set_lr(2, 6))
+    take_step(learner, 2)
+    # Twice two parts for the value head, once for the policy.
+    assert {steps for _, _, steps in moments_of(learner)} == {6.0, 2.0}
+    rates.append(learner.set_lr(3, 6))
+    assert rates == pytest.approx([0, 0, 1e-3, 0.75e-3])
+    moved = [name for name, tensor in weights_of(learner).items() if not torch.equal(tensor, after[name])]
+    assert any(name.startswith("policy.") for name in moved)

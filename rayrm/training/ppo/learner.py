@@ -19,6 +19,7 @@ from torch import Tensor
 from rayrm.errors import CheckpointError
 from rayrm.models.completing import decoder_start
 from rayrm.training.batches import micro_batches
+from rayrm.training.ppo.engine import OWN_LR
 from rayrm.training.ppo.experience import Experience, Sample, pad
 from rayrm.training.ppo.losses import clipped_policy_loss, clipped_value_loss, estimate_kl, token_weights
 from rayrm.training.ppo.network import ActorCritic, Judged, Reference, Snapshot, packed_batch, padded_batch
@@ -37,10 +38,24 @@ class Learner:
         policy = self.network.policy
         self.pad_id = pad_id
         self.start_id: int | None = decoder_start(policy) if policy.config.is_encoder_decoder else None
+        self.warmup_steps = training.value_warmup_steps if isinstance(training, PPO) else 0
         self.network.entropy_learns = training.entropy_coefficient > 0
         self.reference = Reference(self.network.policy) if training.kl.coefficient else None
         self.behaviour = Snapshot(self.network.policy) if training.overlap else None
         """The weights that the samplers have, where they are not those of now."""
+
+    def set_lr(self, step: int, num_steps: int) -> float:
+        """Set the learning rates of `step` of `num_steps`, counted from 0, and give the policy's.
+
+        It is 0 while values warm up, and its schedule begins behind that. The value head keeps a rate of its own.
+        """
+        lr = 0.0
+        if step >= self.warmup_steps:
+            lr = self.training.rate_at(step - self.warmup_steps, num_steps - self.warmup_steps)
+        for group in self.engine.optimizer.param_groups:
+            if OWN_LR not in group:
+                group["lr"] = lr
+        return lr
 
     def forward(self, samples: Sequence[Sample]) -> Judged:
         """One pass over some samples; `Judged` has their tokens one after the other."""
@@ -112,8 +127,7 @@ class Learner:
         `grad_norm` is that of the gradients before they are clipped. Raises CheckpointError when a loss or a gradient is
         not finite; the weights are then as they were before that update.
         """
-        warms_up = isinstance(self.training, PPO) and step < self.training.value_warmup_steps
-        self.network.values_alone = warms_up
+        self.network.values_alone = step < self.warmup_steps
         sums: dict[str, float] = {}
         num_done = 0
         for epoch in range(self.training.num_updates):
@@ -159,6 +173,8 @@ class Learner:
         if not math.isfinite(means["loss"]):
             raise CheckpointError(f"The loss is {means['loss']} at step {step + 1}; try a lower lr or more warmup.")
         self.engine.step()
+        if self.network.values_alone:
+            forget_steps(self.engine.basic_optimizer)
         # DeepSpeed leaves out a step whose gradients are not finite.
         norm = float(self.engine.get_global_grad_norm())
         if not math.isfinite(norm):
@@ -194,7 +210,13 @@ class Learner:
                 judged.values, experience.values[rows][inside], targets[1][rows][inside], training.value_clip_range
             )
             measured |= {"value_loss": value_loss, "value_clip_fraction": value_clipped}
-            if self.network.values_alone:
-                loss = loss * 0.0
-            loss = loss + training.value_coefficient * value_loss
+            value_loss = training.value_coefficient * value_loss
+            loss = value_loss if self.network.values_alone else loss + value_loss
         return loss, measured
+
+
+def forget_steps(optimizer: Any) -> None:
+    """Let Adam's bias correction begin anew where there was no gradient yet: moments of 0 are those of no step."""
+    for state in optimizer.state.values():
+        if not state["exp_avg_sq"].any():
+            state["step"].zero_()

@@ -24,7 +24,7 @@ from rayrm.training.curves import SAMPLES, write_curves
 from rayrm.training.launch import prepare_worker
 from rayrm.training.memory import fitting_micro_batch, halved_when_out_of_memory
 from rayrm.training.ppo.collecting import Collected, Collector
-from rayrm.training.ppo.engine import OWN_LR, export_learned, make_engine, read_prompts
+from rayrm.training.ppo.engine import export_learned, make_engine, read_prompts
 from rayrm.training.ppo.experience import Experience, Sample, compute_advantages, record_of
 from rayrm.training.ppo.learner import Learner
 from rayrm.training.ppo.metrics import describe_experience, describe_samples, merge_records
@@ -216,10 +216,7 @@ class RewardedTrainer:
 
     def _learn_from(self, experience: Experience) -> dict[str, float]:
         advantages, returns = compute_advantages(experience, self.training, self.coefficient)
-        lr = self.training.rate_at(self.step, self.num_steps)
-        for group in self.learner.engine.optimizer.param_groups:
-            if OWN_LR not in group:
-                group["lr"] = lr
+        lr = self.learner.set_lr(self.step, self.num_steps)
         told = None if returns is None else returns.cpu().numpy()
         found = describe_experience(experience, told, self.learner.reference is not None)
         found |= self.learner.learn(experience, advantages, returns, self.step, self.coefficient)

@@ -46,7 +46,7 @@ class ActorCritic(nn.Module):
         self.entropy_learns = False
         """Whether the entropy bears a gradient, which costs memory for two more tensors as wide as the vocabulary."""
         self.values_alone = False
-        """Whether only the value head is to learn: values then bear no gradient for what they are read from."""
+        """Whether only the value head is to learn: nothing else then bears a gradient."""
         self._places: Tensor | None = None
         self._hidden: Tensor | None = None
         output.register_forward_pre_hook(self._select)
@@ -65,7 +65,8 @@ class ActorCritic(nn.Module):
         """
         self._places = places
         try:
-            logits = self.policy(**inputs, use_cache=False).logits[0].float() / self.temperature
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.values_alone):
+                logits = self.policy(**inputs, use_cache=False).logits[0].float() / self.temperature
             hidden = self._hidden
         finally:
             self._places = self._hidden = None
@@ -74,8 +75,7 @@ class ActorCritic(nn.Module):
         if self.value_head is None:
             return found
         assert hidden is not None
-        read = hidden[0].detach() if self.values_alone else hidden[0]
-        return *found, self.value_head(read).squeeze(-1)
+        return *found, self.value_head(hidden[0]).squeeze(-1)
 
 
 class ValueHead(nn.Linear):
