@@ -5,7 +5,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from rayrm.models.packing import make_packable
-from rayrm.training.ppo.network import ActorCritic, Reference, Snapshot, packed_batch, padded_batch
+from rayrm.training.ppo.network import (
+    HEAD_GRADIENT,
+    ActorCritic,
+    Reference,
+    Snapshot,
+    ValueHead,
+    packed_batch,
+    padded_batch,
+)
 from rayrm.training.settings import LowRank
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
@@ -69,6 +77,21 @@ def test_the_value_before_a_token_does_not_know_it():
     torch.nn.init.normal_(network.value_head.weight)
     one, other = (network(*padded_batch([[5, 6]], [[7, last]], 0, None))[2].tolist() for last in (8, 9))
     assert one == other
+
+
+def test_the_value_head_scales_the_gradient_of_its_own_weights_alone():
+    torch.manual_seed(0)
+    head, plain = ValueHead(16, 1), torch.nn.Linear(16, 1)
+    plain.load_state_dict(head.state_dict())
+    hidden = [torch.randn(5, 16).requires_grad_()]
+    hidden.append(hidden[0].detach().clone().requires_grad_())
+    values = [layer(read) for layer, read in zip((head, plain), hidden, strict=True)]
+    assert torch.equal(*values)
+    for found in values:
+        found.square().sum().backward()
+    torch.testing.assert_close(hidden[0].grad, hidden[1].grad)
+    torch.testing.assert_close(head.weight.grad, HEAD_GRADIENT * plain.weight.grad)
+    torch.testing.assert_close(head.bias.grad, HEAD_GRADIENT * plain.bias.grad)
 
 
 def test_a_model_is_as_it_was_without_a_pass_of_the_network():

@@ -14,6 +14,11 @@ from rayrm.models.packing import pack
 from rayrm.training.ppo.losses import entropy_of
 
 
+HEAD_GRADIENT = 1e-3
+"""What the gradient of the value head's own weights is scaled by. Errors of values can be of any size, and all gradients
+are clipped by one norm: unscaled, the head's would shrink the policy's. Adam is blind to the scale."""
+
+
 class Judged(NamedTuple):
     """What the network gives to the tokens of some completions, one after the other: [tokens] each."""
 
@@ -82,8 +87,9 @@ class ValueHead(nn.Linear):
     """A linear layer that computes in fp32 whatever its weights are held in: values in bf16 are a mere hint."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """fp32 [tokens, 1]."""
-        return nn.functional.linear(hidden.float(), self.weight.float(), self.bias.float())
+        """fp32 [tokens, 1]. The gradient of the weights is scaled by `HEAD_GRADIENT`, that of `hidden` is as it is."""
+        weight, bias = (x.detach() + HEAD_GRADIENT * (x - x.detach()) for x in (self.weight.float(), self.bias.float()))
+        return nn.functional.linear(hidden.float(), weight, bias)
 
 
 class Batch(NamedTuple):
