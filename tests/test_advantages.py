@@ -10,7 +10,6 @@ from rayrm.training.ppo.kl import KLConfig
 from rayrm.training.ppo.losses import (
     clipped_policy_loss,
     clipped_value_loss,
-    entropy_of,
     estimate_kl,
     token_weights,
 )
@@ -125,8 +124,3 @@ def test_tokens_count_as_the_reduction_says():
     assert token_weights(MASK, "token_mean").tolist() == [[pytest.approx(0.2)] * 3, [pytest.approx(0.2)] * 2 + [0]]
     assert token_weights(MASK, "sequence_mean").tolist() == [[pytest.approx(1 / 6)] * 3, [0.25, 0.25, 0]]
     assert token_weights(MASK, "sequence_sum").tolist() == [[0.5] * 3, [0.5, 0.5, 0]]
-
-
-def test_entropy_of_a_fair_choice_and_of_a_certain_one():
-    assert entropy_of(torch.zeros(1, 8)).tolist() == pytest.approx([math.log(8)])
-    assert entropy_of(torch.tensor([[0.0, 200.0]])).tolist() == pytest.approx([0], abs=1e-6)

@@ -64,8 +64,7 @@ class Learner:
             batch = packed_batch(prompts, completions)
         else:
             batch = padded_batch(prompts, completions, self.pad_id, self.start_id)
-        logprobs, entropy, *values = self.engine(*batch.to(self.engine.device))
-        return Judged(logprobs, entropy, values[0] if values else None)
+        return Judged(*self.engine(*batch.to(self.engine.device)))
 
     def passes(self, samples: Sequence[Sample], rows: Sequence[int]) -> list[tuple[list[int], bool]]:
         """The rows of each forward pass of this worker, and whether they only keep the other workers company."""
@@ -201,7 +200,9 @@ class Learner:
             "clip_fraction": clipped,
             "update_kl": estimate_kl(old, judged.logprobs, "k3"),
         }
-        loss = policy_loss - training.entropy_coefficient * judged.entropy
+        loss = policy_loss
+        if judged.entropy is not None:
+            loss = loss - training.entropy_coefficient * judged.entropy
         if coefficient and training.kl.part_of == "loss":
             loss = loss + coefficient * estimate_kl(judged.logprobs, ref, training.kl.estimator)
         if isinstance(training, PPO):

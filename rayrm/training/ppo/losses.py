@@ -57,9 +57,3 @@ def token_weights(mask: Tensor, reduction: Reduction) -> Tensor:
         return mask / mask.sum().clamp(min=1)
     per_sample = mask / len(mask)
     return per_sample if reduction == "sequence_sum" else per_sample / mask.sum(1, keepdim=True).clamp(min=1)
-
-
-def entropy_of(logits: Tensor) -> Tensor:
-    """Entropy in nats of the distribution over the last axis."""
-    logprobs = logits.log_softmax(-1)
-    return -(logprobs.exp() * logprobs).sum(-1)

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from rayrm.models.inputs import pad_right
 from rayrm.models.packing import pack
-from rayrm.training.ppo.losses import entropy_of
-
+from rayrm.training.ppo.logits import judge_tokens
 
 HEAD_GRADIENT = 1e-3
 """What the gradient of the value head's own weights is scaled by. Errors of values can be of any size, and all gradients
@@ -24,8 +23,8 @@ class Judged(NamedTuple):
 
     logprobs: Tensor
     """Log-probability of each token, fp32, at the temperature of sampling."""
-    entropy: Tensor
-    """Entropy in nats of the distribution that each token was one of, fp32."""
+    entropy: Tensor | None
+    """Entropy in nats of the distribution that each token was one of, fp32; None while learning without it."""
     values: Tensor | None
     """The value before each token, fp32; None without a critic."""
 
@@ -49,7 +48,7 @@ class ActorCritic(nn.Module):
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
         self.entropy_learns = False
-        """Whether the entropy bears a gradient, which costs memory for two more tensors as wide as the vocabulary."""
+        """Whether the entropy is told with a gradient; without one it is always told."""
         self.values_alone = False
         """Whether only the value head is to learn: nothing else then bears a gradient."""
         self._places: Tensor | None = None
@@ -63,22 +62,21 @@ class ActorCritic(nn.Module):
         self._hidden = inputs[0].flatten(0, 1)[self._places].unsqueeze(0)
         return (self._hidden,)
 
-    def forward(self, inputs: dict[str, Any], places: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """Log-probability, entropy and, with a critic, value of each of `targets` [tokens].
+    def forward(self, inputs: dict[str, Any], places: Tensor, targets: Tensor) -> tuple[Tensor | None, ...]:
+        """What `Judged` has of each of `targets` [tokens].
 
         `places` [tokens] says which hidden state of the batch, counted through all rows, foretells each of them.
         """
         self._places = places
         try:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.values_alone):
-                logits = self.policy(**inputs, use_cache=False).logits[0].float() / self.temperature
+                logits = self.policy(**inputs, use_cache=False).logits[0]
             hidden = self._hidden
         finally:
             self._places = self._hidden = None
-        logprobs = -nn.functional.cross_entropy(logits, targets, reduction="none")
-        found = (logprobs, entropy_of(logits if self.entropy_learns else logits.detach()))
+        found = judge_tokens(logits, targets, self.temperature, self.entropy_learns or not torch.is_grad_enabled())
         if self.value_head is None:
-            return found
+            return *found, None
         assert hidden is not None
         return *found, self.value_head(hidden[0]).squeeze(-1)
 
