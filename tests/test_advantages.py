@@ -103,6 +103,15 @@ def test_estimators_of_divergence_by_hand():
     assert estimate_kl(logprobs, ref, "abs").tolist() == [1, 1]
 
 
+def test_a_ratio_beyond_all_bounds_stays_finite():
+    logprobs, old = torch.tensor([-1.0, -500.0]).requires_grad_(), torch.tensor([-500.0, -1.0])
+    loss, _ = clipped_policy_loss(logprobs, old, torch.tensor([-1.0, -1.0]), 0.2)
+    assert loss.tolist() == pytest.approx([math.exp(20), 0.8])
+    assert estimate_kl(logprobs, old, "k3").tolist() == pytest.approx([19, math.exp(20) - 21])
+    (loss.sum() + estimate_kl(logprobs, old, "k3").sum()).backward()
+    assert logprobs.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_estimators_are_right_on_average(estimator):
     generator = torch.Generator().manual_seed(0)

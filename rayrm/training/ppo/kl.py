@@ -31,6 +31,10 @@ class KLConfig(Config):
     def _agrees(self) -> KLConfig:
         if self.target is not None and not self.coefficient:
             raise ValueError("a coefficient of 0 cannot seek a target; start with a positive one")
+        if "horizon" in self.model_fields_set and self.target is None:
+            raise ValueError(
+                f"a horizon of {self.horizon} does nothing without a target; set target too, or leave it out"
+            )
         if self.part_of == "loss" and self.estimator == "k1":
             raise ValueError("the gradient of k1 in the loss is 0 on average; take k2 or k3 there")
         return self

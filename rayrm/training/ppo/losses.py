@@ -12,13 +12,16 @@ from torch import Tensor
 from rayrm.training.ppo.kl import Estimator
 from rayrm.training.ppo.settings import Reduction
 
+MOST_LOG_RATIO = 20.0
+"""Log-ratios count up to this one, of either sign, so that none becomes infinite."""
+
 
 def clipped_policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     """PPO's loss (arXiv 1707.06347) and, 0 or 1, whether the clip took the gradient away; each of the shape given.
 
     −min(ρ·A, clip(ρ, 1−ε, 1+ε)·A) with ρ = exp(logprobs − old), the probability now over that when it was drawn.
     """
-    ratio = (logprobs - old).exp()
+    ratio = _bounded(logprobs - old).exp()
     free = -advantages * ratio
     bound = -advantages * ratio.clamp(1 - clip, 1 + clip)
     return torch.maximum(free, bound), (bound > free).to(logprobs.dtype)
@@ -44,7 +47,14 @@ def estimate_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: Estimator) ->
         return d
     if estimator == "k2":
         return 0.5 * d.square()
-    return torch.expm1(-d) + d if estimator == "k3" else d.abs()
+    if estimator == "k3":
+        d = _bounded(d)
+        return torch.expm1(-d) + d
+    return d.abs()
+
+
+def _bounded(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-MOST_LOG_RATIO, MOST_LOG_RATIO)
 
 
 def token_weights(mask: Tensor, reduction: Reduction) -> Tensor:
