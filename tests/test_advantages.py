@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rayrm.training.ppo.advantages import estimate_gae, group_relative, leave_one_out, whiten
+from rayrm.training.ppo.experience import Sample, equal_rewards_fraction
 from rayrm.training.ppo.kl import KLConfig
 from rayrm.training.ppo.losses import (
     clipped_policy_loss,
@@ -70,6 +71,16 @@ def test_a_sample_is_compared_with_the_others_of_its_prompt():
         [-2 / (std + 1e-4), -1 / (std + 1e-4), 3 / (std + 1e-4), 0, 0]
     )
     assert group_relative(rewards, groups, scale=False).tolist() == [-2, -1, 3, 0, 0]
+
+
+def test_prompts_whose_completions_all_earn_the_same_are_counted():
+    rewards = {8: [1.0, 2.0, 1.0], 3: [0.5, 0.5], 4: [0.0, 0.0], 5: [0.1, 0.2]}
+    samples = [
+        Sample(f"{row}/{n}", row, "de", "", [1], [2], [0.0], True, "", reward)
+        for row, found in rewards.items()
+        for n, reward in enumerate(found)
+    ]
+    assert equal_rewards_fraction(samples) == 0.5
 
 
 def test_the_policy_loss_is_clipped_where_it_would_go_on_growing_better():

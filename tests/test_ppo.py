@@ -371,6 +371,7 @@ def test_every_kind_learns_to_earn_more(data, tmp_path, alone, kind):
     rewards = [record["reward"] for record in trainer.history]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:3]) / 3 + 0.1
     assert ("value_loss" in trainer.history[0]) == (kind == "ppo")
+    assert ("equal_rewards_fraction" in trainer.history[0]) == (kind != "ppo")
 
 
 def test_an_encoder_decoder_learns_from_the_policy_that_it_samples(data, tmp_path, alone):

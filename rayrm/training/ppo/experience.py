@@ -94,6 +94,14 @@ def lone_samples(samples: Sequence[Sample]) -> set[str]:
     return {sample.id for sample in samples if sample.fault is None and num[sample.row] == 1}
 
 
+def equal_rewards_fraction(samples: Sequence[Sample]) -> float:
+    """Share of the prompts whose completions all have the same reward: against one another they teach nothing."""
+    rewards: dict[int, set[float | None]] = {}
+    for sample in samples:
+        rewards.setdefault(sample.row, set()).add(sample.reward)
+    return sum(len(found) == 1 for found in rewards.values()) / len(rewards)
+
+
 def compute_advantages(
     experience: Experience, training: RewardedTraining, coefficient: float
 ) -> tuple[Tensor, Tensor | None]:

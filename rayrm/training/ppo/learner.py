@@ -7,7 +7,7 @@ hangs on the number of workers or the size of a forward pass but the last digits
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,10 +20,10 @@ from rayrm.errors import CheckpointError
 from rayrm.models.completing import decoder_start
 from rayrm.training.batches import micro_batches
 from rayrm.training.ppo.engine import OWN_LR
-from rayrm.training.ppo.experience import Experience, Sample, pad
+from rayrm.training.ppo.experience import Experience, Sample, equal_rewards_fraction, pad
 from rayrm.training.ppo.losses import clipped_policy_loss, clipped_value_loss, estimate_kl, token_weights
 from rayrm.training.ppo.network import ActorCritic, Judged, Reference, Snapshot, packed_batch, padded_batch
-from rayrm.training.ppo.settings import PPO, RewardedTraining
+from rayrm.training.ppo.settings import PPO, CriticFree, RewardedTraining
 
 
 class Learner:
@@ -129,18 +129,25 @@ class Learner:
         self.network.values_alone = step < self.warmup_steps
         sums: dict[str, float] = {}
         num_done = 0
+        for rows in self._parts(experience.samples, step):
+            found = self._update(experience, rows, (advantages, returns), step, coefficient)
+            num_done += 1
+            sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
+            limit = self.training.max_update_kl
+            if limit is not None and found["update_kl"] > limit:
+                break
+        told = {name: value / num_done for name, value in sums.items()} | {"num_updates": num_done}
+        if isinstance(self.training, CriticFree):
+            told["equal_rewards_fraction"] = equal_rewards_fraction(experience.samples)
+        return told
+
+    def _parts(self, samples: Sequence[Sample], step: int) -> Iterator[list[int]]:
+        """The rows of each update of a step."""
+        groups = self._groups(samples, range(len(samples)))
         for epoch in range(self.training.num_updates):
-            groups = self._groups(experience.samples, range(len(experience.samples)))
             order = np.random.default_rng([self.training.seed, step, epoch]).permutation(len(groups))
             for part in np.array_split(order, min(self.training.num_mini_batches, len(order))):
-                rows = [row for group in part for row in groups[group]]
-                found = self._update(experience, rows, (advantages, returns), step, coefficient)
-                num_done += 1
-                sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
-                limit = self.training.max_update_kl
-                if limit is not None and found["update_kl"] > limit:
-                    return {name: value / num_done for name, value in sums.items()} | {"num_updates": num_done}
-        return {name: value / num_done for name, value in sums.items()} | {"num_updates": num_done}
+                yield [row for group in part for row in groups[group]]
 
     def _update(
         self,
