@@ -19,6 +19,7 @@ from transformers import (
 from rayrm.config import build_config
 from rayrm.errors import CheckpointError, ConfigError, RayRMError, SchemaError, ServiceError
 from rayrm.models.creation import CreationConfig, create_model
+from rayrm.models.rendering import Renderer
 from rayrm.models.vllm import EngineConfig
 from rayrm.scoring.grammar import GrammarScorer
 from rayrm.training.launch import Parallelism
@@ -374,14 +375,38 @@ def test_every_kind_learns_to_earn_more(data, tmp_path, alone, kind):
     assert ("equal_rewards_fraction" in trainer.history[0]) == (kind != "ppo")
 
 
-def test_an_encoder_decoder_learns_from_the_policy_that_it_samples(data, tmp_path, alone):
-    """Dropout, which its checkpoint has, would make other probabilities of the same completion."""
+def create_t5(data, path):
     tokenizer = AutoTokenizer.from_pretrained(f"{data}/policy")
     torch.manual_seed(0)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "decoder_start_token_id": 0}
     sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2, "vocab_size": len(tokenizer)}
-    T5ForConditionalGeneration(T5Config(**sizes, **ends, dropout_rate=0.3)).save_pretrained(tmp_path / "t5")
-    tokenizer.save_pretrained(tmp_path / "t5")
+    T5ForConditionalGeneration(T5Config(**sizes, **ends, dropout_rate=0.3)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def test_an_encoder_reads_prompts_as_long_as_max_length(data, tmp_path):
+    """A decoder-only policy has its completion in the same tokens."""
+    from rayrm.training.ppo.engine import read_prompts
+
+    create_t5(data, tmp_path / "t5")
+    tokenizer = AutoTokenizer.from_pretrained(f"{data}/policy")
+    rows = pq.read_table(data / "prompts.parquet").to_pylist()
+    for num, row in enumerate(rows):
+        row["prompt"] = [{"role": "user", "content": " ".join(["one"] * (num + 1))}]
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in" / "prompts.parquet")
+    lengths = [len(tokenizer(row["prompt"][0]["content"] + "|")["input_ids"]) for row in rows]
+    renderer = Renderer(tokenizer, "{{ messages[0]['content'] }}|")
+    for model, room in ((tmp_path / "t5", 24), (data / "policy", 12)):
+        job = make_job(tmp_path / "in", tmp_path / "run", model=str(model), max_length=24)
+        fitting = sum(length <= room for length in lengths)
+        assert 0 < fitting < NUM_ROWS
+        assert read_prompts(job, renderer)[2]["dropped"] == {"overlength": NUM_ROWS - fitting}
+
+
+def test_an_encoder_decoder_learns_from_the_policy_that_it_samples(data, tmp_path, alone):
+    """Dropout, which its checkpoint has, would make other probabilities of the same completion."""
+    create_t5(data, tmp_path / "t5")
     job = make_job(data, tmp_path / "run", model=f"{tmp_path}/t5", max_steps=2, num_updates=1, num_mini_batches=1)
     trainer = start(job)
     finish(trainer)

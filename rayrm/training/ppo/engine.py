@@ -115,13 +115,13 @@ def load_network(training: RewardedTraining, dtype: torch.dtype, has_dropout: bo
 def read_prompts(job: RewardedJob, renderer: Renderer) -> tuple[list[PromptRow], list[PromptRow], dict[str, Any]]:
     """The rows to train on, those held out (at most `eval_rows`), and how many there are and were dropped by reason.
 
-    A prompt without a token is dropped as `empty_prompt`, one that leaves no room for `max_tokens` within `max_length`
-    as `overlength`. Raises SchemaError when none is left, or two rows have the same id and language.
+    A prompt without a token is dropped as `empty_prompt`, and as `overlength` one that leaves no room for `max_tokens`
+    within `max_length`, or that is longer than `max_length` where the encoder reads it alone. Raises SchemaError when none is left, or two rows have the same id and language.
     """
     training = job.training
     seen: set[tuple[str, str]] = set()
     is_encoder = AutoConfig.from_pretrained(local_model(training.model)).is_encoder_decoder
-    room = training.max_length - training.sampling.max_tokens
+    room = training.max_length - (0 if is_encoder else training.sampling.max_tokens)
     found: dict[bool, list[PromptRow]] = {False: [], True: []}
     dropped: dict[str, int] = {}
     for table in iter_tables(job.input, None):
