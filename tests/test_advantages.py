@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 
 from rayrm.training.ppo.advantages import estimate_gae, group_relative, leave_one_out, whiten
-from rayrm.training.ppo.experience import Sample, equal_rewards_fraction
+from rayrm.training.ppo.experience import Experience, Sample, compute_advantages, equal_rewards_fraction
 from rayrm.training.ppo.kl import KLConfig
 from rayrm.training.ppo.losses import (
     clipped_policy_loss,
@@ -14,6 +15,7 @@ from rayrm.training.ppo.losses import (
     estimate_kl,
     token_weights,
 )
+from rayrm.training.ppo.settings import RewardedTraining
 
 MASK = torch.tensor([[1.0, 1, 1], [1, 1, 0]])
 
@@ -71,6 +73,33 @@ def test_a_sample_is_compared_with_the_others_of_its_prompt():
         [-2 / (std + 1e-4), -1 / (std + 1e-4), 3 / (std + 1e-4), 0, 0]
     )
     assert group_relative(rewards, groups, scale=False).tolist() == [-2, -1, 3, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_without_a_critic_divergence_in_the_reward_is_compared_too(kind):
+    """Totals of 1 − 0.5 · 2 = 0, 2 and −1 for the first prompt, 3 and 3 + 0.5 · 1 for the second."""
+    rewards = torch.tensor([[0.0, 1], [0, 2], [-1, 0], [3, 0], [3, 0]])
+    mask = torch.tensor([[1.0, 1], [1, 1], [1, 0], [1, 1], [1, 0]])
+    old = torch.tensor([[-1.0, -1], [-3, -1], [-2, 9], [-1, -2], [-3, 9]])
+    ref = torch.tensor([[-2.0, -2], [-2, -2], [-2, 0], [-2, -1], [-2, 0]])
+    samples = [Sample(str(n), row, "de", "", [1], [2], [0.0], True, "") for n, row in enumerate([7, 7, 7, 4, 4])]
+    zeros = torch.zeros(5, 2)
+    experience = Experience(samples, mask, rewards, old, ref, zeros, zeros)
+    values = {
+        "type": kind,
+        "model": "m",
+        "scorers": [{"type": "grammar"}],
+        "kl": {"estimator": "k1", "part_of": "reward"},
+    }
+    values |= {"sampling": {"num_candidates": 3}, "rewarding": {"holistic": {"scorer": "grammar"}}}
+    training = TypeAdapter(RewardedTraining).validate_python(values)
+    advantages, returns = compute_advantages(experience, training, 0.5)
+    std = {"rloo": [1.0, 1.0], "grpo": [math.sqrt(7 / 3), math.sqrt(0.125)]}[kind]
+    wanted = {"rloo": [-0.5, 2.5, -2, -0.5, 0.5], "grpo": [-1 / 3, 5 / 3, -4 / 3, -0.25, 0.25]}[kind]
+    spread = [std[0]] * 3 + [std[1]] * 2
+    for row, (value, divisor) in enumerate(zip(wanted, spread, strict=True)):
+        assert advantages[row].tolist() == pytest.approx((value / divisor * mask[row]).tolist(), rel=1e-3)
+    assert returns is None
 
 
 def test_prompts_whose_completions_all_earn_the_same_are_counted():

@@ -84,6 +84,8 @@ def deepspeed_config(
         "gradient_clipping": max_grad_norm,
         "zero_optimization": zero,
         "bf16": {"enabled": bf16},
+        # Otherwise gradients of bf16 are added up in bf16, where small ones are lost beside the sum of many.
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 30,

@@ -115,8 +115,9 @@ def load_network(training: RewardedTraining, dtype: torch.dtype, has_dropout: bo
 def read_prompts(job: RewardedJob, renderer: Renderer) -> tuple[list[PromptRow], list[PromptRow], dict[str, Any]]:
     """The rows to train on, those held out (at most `eval_rows`), and how many there are and were dropped by reason.
 
-    A prompt without a token is dropped as `empty_prompt`, and as `overlength` one that leaves no room for `max_tokens`
-    within `max_length`, or that is longer than `max_length` where the encoder reads it alone. Raises SchemaError when none is left, or two rows have the same id and language.
+    Dropped are a prompt without a token, as `empty_prompt`, and as `overlength` one that leaves no room for `max_tokens`
+    within `max_length`; an encoder has all of `max_length` for the prompt. Raises SchemaError when none is left, or two
+    rows have the same id and language.
     """
     training = job.training
     seen: set[tuple[str, str]] = set()
