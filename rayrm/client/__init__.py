@@ -164,7 +164,8 @@ class AsyncRewardClient:
                 raise
             if len(part) > 1:
                 half = len(part) // 2
-                return [*await self._ask(asking, part[:half], end), *await self._ask(asking, part[half:], end)]
+                first = await self._ask(asking, part[:half], end)
+                return first + await self._ask(asking, part[half:], end)
             if pieces := asking.halve(part[0]):
                 answers = [each for piece in pieces for each in await self._ask(asking, [piece], end)]
                 return [[answer for each in answers for answer in each]]

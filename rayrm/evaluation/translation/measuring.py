@@ -84,7 +84,9 @@ def measure_set(
     found: dict[str, dict[str, Any]] = {
         policy: dict(measure_drift(table, own, guess)) for policy, own in answers.items()
     }
-    differences = [{"policy": policy, "baseline": baseline} for baseline, policy in combinations(answers, 2)]
+    differences: list[dict[str, Any]] = [
+        {"policy": policy, "baseline": baseline} for baseline, policy in combinations(answers, 2)
+    ]
     signatures: dict[str, str] = {}
     for metric in metrics:
         draws = {}

@@ -186,7 +186,7 @@ def read_answers(rows: pa.Table, num_samples: int, candidates: str, scored: dict
     )
 
 
-def _read(folder: str, keys: list[tuple[str, ...]], columns: list[str]) -> list[dict[str, Any]]:
+def _read(folder: str, keys: list[tuple[str, str, str]], columns: list[str]) -> list[dict[str, Any]]:
     """The rows of `keys`, in that order."""
     rows = read_table(folder, [*KEY, *columns]).to_pylist()
     found = {(row["set"], row["id"], row["lang"]): row for row in rows}
