@@ -16,6 +16,7 @@ from rayrm.pairing import PairingConfig, find_limits, pair_candidates
 from rayrm.rewarding import RewardingConfig, check_rewarding, reward_candidates
 from rayrm.rows import Preference, Scored
 from rayrm.runs import RowsJob, read_rows, transform_rows
+from rayrm.scoring.identity import check_calibrations_of_rows
 from rayrm.shards import iter_tables, read_schemas
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, schema in read_schemas(config.input):
         Scored.check(schema, f"'{name}'")
         check_rewarding(schema, config.rewarding, f"'{name}'")
+    if config.rewarding.composition is not None:
+        check_calibrations_of_rows(config.rewarding.composition, config.input)
 
     def stage(scored: Dataset) -> Dataset:
         # A resumed run gets only the rows that are left, and the limits hang on all of them.

@@ -18,7 +18,7 @@ from rayrm.rewarding import RewardingConfig
 from rayrm.scoring.bleurt import BleurtScoring
 from rayrm.scoring.custom import CustomScoring
 from rayrm.scoring.grammar import GrammarScoring
-from rayrm.scoring.identity import check_calibrations, identify
+from rayrm.scoring.identity import check_calibrations, check_calibrations_of_rows, identify
 from rayrm.scoring.length import LengthScoring
 from rayrm.scoring.reward_model import RewardModelScoring, Spread
 from rayrm.scoring.service import ServiceScoring
@@ -155,6 +155,15 @@ def test_a_calibration_of_another_scorer_is_refused(tmp_path):
             check_calibrations(composition(path, "h"), [scorer])
     numbers = {"type": "aspect_only", "aspects": [{"scorer": "h", "mean": 1.0, "std": 2.0}]}
     check_calibrations(Composition.model_validate(numbers), [made["other"]])
+
+
+def test_rows_of_another_scorer_than_the_calibration_are_refused(tmp_path):
+    path = calibrate(tmp_path / "made", h=identify(LengthScoring(name="h")), g=identify(GrammarScoring(name="g")))
+    files.write_json(f"{tmp_path}/rows/run.json", {"scorers": {"h": identify(GrammarScoring(name="h"))}})
+    with pytest.raises(ConfigError, match=r"was measured with another scorer \(type: 'length' there, 'grammar' here\)"):
+        check_calibrations_of_rows(composition(path, "h"), f"{tmp_path}/rows")
+    check_calibrations_of_rows(composition(path, "g"), f"{tmp_path}/rows")
+    check_calibrations_of_rows(composition(calibrate(tmp_path / "old"), "h"), f"{tmp_path}/rows")
 
 
 def test_a_calibration_that_does_not_say_whose_it_is_is_refused(tmp_path):

@@ -12,6 +12,8 @@ from rayrm.errors import ConfigError
 from rayrm.runs import input_paths
 from rayrm.scoring.service import ServiceScoring, find_revision, recall_served
 
+AGAIN = "score the samples with this scorer and run calibrate_scores again, into another output"
+
 
 def identify(config: Any) -> dict[str, Any]:
     """Type, settings and fingerprints of models of a scorer, without its name and its place.
@@ -44,21 +46,37 @@ def check_calibrations(composition: Composition, scorers: Sequence[Any]) -> None
     `identify` too.
     """
     configs = {config.name: config for config in scorers}
-    for name, path in ((part.scorer, part.calibration) for part in composition.parts):
-        if path is None:
-            continue
-        again = "score the samples with this scorer and run calibrate_scores again, into another output"
+    for name, path in _calibrations(composition):
         measured = known_scorers(path).get(name)
         if measured is None:
             raise ConfigError(
-                f"'{path}' does not say which scorer its calibration of '{name}' was measured with; {again}, or set mean "
+                f"'{path}' does not say which scorer its calibration of '{name}' was measured with; {AGAIN}, or set mean "
                 "and std in its place."
             )
-        if differing := _differences(measured, identify(configs[name])):
-            raise ConfigError(
-                f"The calibration of '{name}' in '{path}' was measured with another scorer ({'; '.join(differing)}); "
-                f"{again}."
-            )
+        _compare(name, path, measured, identify(configs[name]))
+
+
+def check_calibrations_of_rows(composition: Composition, rows: str) -> None:
+    """Raise ConfigError for a part whose calibration was measured with another scorer than the rows at `rows` have.
+
+    What is not said beside the rows or the calibration is not compared.
+    """
+    scorers = known_scorers(rows)
+    for name, path in _calibrations(composition):
+        measured = known_scorers(path).get(name)
+        if measured is not None and name in scorers:
+            _compare(name, path, measured, scorers[name])
+
+
+def _calibrations(composition: Composition) -> list[tuple[str, str]]:
+    return [(part.scorer, part.calibration) for part in composition.parts if part.calibration is not None]
+
+
+def _compare(name: str, path: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    if differing := _differences(there, here):
+        raise ConfigError(
+            f"The calibration of '{name}' in '{path}' was measured with another scorer ({'; '.join(differing)}); {AGAIN}."
+        )
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
