@@ -177,8 +177,13 @@ def test_a_served_model_has_the_calibration_that_was_measured_in_process(replica
     server = Server(base.make_client(replica).http._transport.app)
     try:
         service = ServiceScoring(name="h", endpoint=server.url)
-        assert identify(service) == {"type": "reward_model", "calibration": "none", "inputs": {"model": "d1"}}
+        assert identify(service)["type"] == "reward_model" and identify(service)["inputs"] == {"model": "d1"}
         check_calibrations(composition(path, "h"), [service])
+        other = calibrate(
+            tmp_path / "other", h=identify(RewardModelScoring(name="h", model=served_model, prompt="from_anchor"))
+        )
+        with pytest.raises(ConfigError, match="prompt: 'from_anchor' there, 'as_is' here"):
+            check_calibrations(composition(other, "h"), [service])
         with pytest.raises(ConfigError, match="calibration: 'none' there, 'overall' here"):
             check_calibrations(composition(path, "h"), [service.model_copy(update={"calibration": "overall"})])
         monkeypatch.setattr(replica, "revision", "d2")

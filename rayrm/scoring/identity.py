@@ -23,9 +23,10 @@ def identify(config: Any) -> dict[str, Any]:
     """
     if isinstance(config, ServiceScoring):
         model = find_revision(config)
-        kind = "bleurt" if recall_served(config).readout == "bleurt" else "reward_model"
-        unit = {} if kind == "bleurt" else {"calibration": config.calibration}
-        return {"type": kind, **unit, "inputs": {"model": model}}
+        if recall_served(config).readout == "bleurt":
+            return {"type": "bleurt", "inputs": {"model": model}}
+        asked = {"prompt": "as_is", "negate": False, "calibration": config.calibration}
+        return {"type": "reward_model", **asked, "inputs": {"model": model}}
     inputs = {name: files.fingerprint(path).partition(":")[2] for name, path in input_paths(config).items()}
     return {**{name: value for name, value in identity(config).items() if name != "name"}, "inputs": inputs}
 
