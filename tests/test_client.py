@@ -23,7 +23,8 @@ class Server:
     """An ASGI application on a port, that can be told to fail first."""
 
     def __init__(self, app, port=None):
-        self.app, self.failures, self.requests = app, [], 0
+        self.app = self.inner = app
+        self.failures, self.requests = [], 0
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.server = uvicorn.Server(uvicorn.Config(self, host="127.0.0.1", port=self.port, log_level="error"))
@@ -144,7 +145,7 @@ def test_an_item_that_is_refused_costs_no_other_its_reward(client, server, expec
     whole, first, second = [found[0], found[1], found[3], found[5]], found[2], found[4]
     assert [each[0].reward for each in whole] == pytest.approx(expected, abs=1e-5)
     assert [(each.reward, each.status) for each in (*first, *second)] == [(None, "error")] * 3
-    assert all("role: Input should be 'system', 'user', 'assistant' or 'tool'" in each.detail for each in first)
+    assert all(each.detail.startswith("items.0.prompt") for each in first)
     assert second[0].detail == "items.0.lang: String should have at most 35 characters."
     assert server.requests - before < 16
     assert f"{server.url} refuses /v1/rewards (400): items.0.lang: String should" in caplog.text
@@ -181,12 +182,11 @@ def answering(server, monkeypatch, *replies):
         async def collect(message):
             parts.append(message)
 
-        await app(scope, receive, collect)
+        await server.inner(scope, receive, collect)
         body = json.loads(b"".join(part.get("body", b"") for part in parts))
         await send({"type": "http.response.start", "status": parts[0]["status"], "headers": []})
         await send({"type": "http.response.body", "body": json.dumps(told(body)).encode()})
 
-    app = server.app
     monkeypatch.setattr(server, "app", changed)
 
 
@@ -315,13 +315,20 @@ def test_items_that_there_is_no_time_for_until_the_end_say_so_and_others_are_kep
 
 def test_a_server_that_is_not_there_yet_is_waited_for(server, expected):
     port = free_port()
-    threading.Timer(1.0, lambda: started.append(Server(server.app, port))).start()
     started = []
+    timer = threading.Timer(1.0, lambda: started.append(Server(server.app, port)))
+    timer.start()
     with RewardClient(f"http://127.0.0.1:{port}", key="s3cret", timeout_s=20) as client:
         assert client.rewards([Query(PROMPT, TEXTS)])[0][0].reward == pytest.approx(expected[0], abs=1e-5)
+    timer.join()
     started[0].stop()
+
+
+def test_what_is_no_address_is_told_at_once():
     with RewardClient("127.0.0.1:8000") as client, pytest.raises(ServiceError, match="cannot be asked for at '127"):
         client.models()
+    with pytest.raises(ServiceError, match="'http://a:b' is no address of a service: Invalid port: 'b'"):
+        AsyncRewardClient("http://a:b")
 
 
 def test_the_key_may_come_from_the_environment(server, monkeypatch):

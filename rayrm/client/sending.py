@@ -35,7 +35,7 @@ class LateError(ServiceError):
 
 
 class Sender:
-    """Connections to one address."""
+    """Connections to one address. Raises ServiceError for what is none."""
 
     def __init__(self, url: str, key: str | None, timeout_s: float, max_in_flight: int) -> None:
         import httpx
@@ -47,7 +47,10 @@ class Sender:
         self.timeout_s = timeout_s
         # All else is bounded by the deadline of what is sent.
         timeout = httpx.Timeout(None, connect=min(CONNECT_S, timeout_s))
-        self._http = httpx.AsyncClient(base_url=self.url, headers=headers, limits=limits, timeout=timeout)
+        try:
+            self._http = httpx.AsyncClient(base_url=self.url, headers=headers, limits=limits, timeout=timeout)
+        except httpx.InvalidURL as error:
+            raise ServiceError(f"'{url}' is no address of a service: {error}.") from None
 
     def end(self) -> float:
         """When what begins now must be done."""
