@@ -246,7 +246,7 @@ class Constants(NamedTuple):
 def read_constants(path: str, scorer: str) -> Constants:
     """What calibrate_scores found for a scorer, at its output folder `path`.
 
-    Raises ConfigError when there is no such work, or it knows no such scorer.
+    Raises ConfigError when there is no such work, it knows no such scorer, or its numbers are none.
     """
     mark = files.join(path, files.RUN_MARK)
     known = (files.read_json(mark) or {}).get("scores")
@@ -254,7 +254,16 @@ def read_constants(path: str, scorer: str) -> Constants:
         raise ConfigError(f"'{mark}' holds no calibration of scores; run calibrate_scores with output={path} first.")
     if scorer not in known:
         raise ConfigError(f"'{mark}' has no calibration of '{scorer}', and has {', '.join(known)}.")
-    return Constants(known[scorer]["mean"], known[scorer]["std"])
+    try:
+        mean, std = float(known[scorer]["mean"]), float(known[scorer]["std"])
+        is_good = math.isfinite(mean) and math.isfinite(std) and std > 0
+    except (TypeError, KeyError, ValueError):
+        is_good = False
+    if not is_good:
+        raise ConfigError(
+            f"'{mark}' has no mean and no std above 0 of '{scorer}' but {known[scorer]}; run calibrate_scores again."
+        )
+    return Constants(mean, std)
 
 
 def with_constants(composition: Composition) -> Composition:

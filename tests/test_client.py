@@ -289,6 +289,21 @@ def test_all_tries_of_a_request_share_one_deadline(server):
             server.failures = []
 
 
+def test_the_server_is_told_how_long_an_answer_is_of_use(server):
+    with RewardClient(server.url, key="s3cret", timeout_s=4) as client:
+        http, told = client._client._sender._http, []
+        ask = http.request
+
+        async def spy(method, path, content):
+            told.append(json.loads(content)["deadline_s"])
+            return await ask(method, path, content=content)
+
+        http.request = spy
+        server.failures = [(503, [(b"retry-after", b"1")])]
+        assert client.rewards([Query(PROMPT, TEXTS[:1])])[0][0].status == "ok"
+    assert 3 < told[0] <= 3.6 and told[1] <= told[0] - 0.9
+
+
 def test_a_server_that_never_answers_or_drips_is_given_up_in_time(server, monkeypatch):
     async def dripping(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})

@@ -314,6 +314,10 @@ def test_constants_that_are_not_there_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"has no calibration of 'bleurt', and has h, length"):
         read_constants(path, "bleurt")
     assert read_constants(path, "length") == (30.0, 9.0)
+    for own in ({"mean": 1.0, "std": 0.0}, {"mean": 1.0}, {"mean": None, "std": 1.0}, [1.0, 2.0]):
+        (tmp_path / "run.json").write_text(json.dumps({"scores": {"h": own}}))
+        with pytest.raises(ConfigError, match="has no mean and no std above 0 of 'h' but .*; run calibrate_scores"):
+            read_constants(path, "h")
 
 
 # Compositions of rows.
