@@ -454,6 +454,10 @@ def test_an_actor_takes_replies_of_the_revision_that_its_run_began_with_alone(se
     with pytest.raises(ServiceError, match="'service' runs revision d1 of its model, and this run began with d0"):
         ScorerActor(config, "d0")
     assert ScorerPool([config], 1).pin({}) == {"service": "d1"}
+    table = pa.Table.from_pylist(candidates())
+    assert ScoreStage(config, "d1")(table)["status"].to_pylist() == [{"service": ["ok", "ok"]}]
+    with pytest.raises(ServiceError, match="was revision d0 when this run began and is d1 now"):
+        ScoreStage(config, "d0")(table)
 
 
 def test_tools_are_sent_and_rows_whose_tools_cannot_be_fail_alone(server, monkeypatch):

@@ -31,7 +31,14 @@ from rayrm.scoring.reward_model import (
     check_reward_model,
     compares,
 )
-from rayrm.scoring.service import ServiceScorer, ServiceScoring, check_likeness, check_service, recall_served
+from rayrm.scoring.service import (
+    ServiceScorer,
+    ServiceScoring,
+    check_likeness,
+    check_service,
+    find_revision,
+    recall_served,
+)
 from rayrm.shards import read_schemas
 
 if TYPE_CHECKING:
@@ -89,12 +96,13 @@ def score_candidates(candidates: Dataset, config: Scoring | PreferenceScoring) -
 
     Reads the columns `READS`, `tools` and those that the scorer needs. Adds the field `config.name` to the structs
     `scores` and `status`; what other scorers left there stays. Raises ResourceError when the cluster can never hold the
-    actors.
+    actors, and ServiceError for a service that cannot be reached.
     """
+    revision = find_revision(config) if isinstance(config, ServiceScoring) else None
     workers = config.workers
     cluster.require(workers.num_workers, workers.num_cpus, workers.num_gpus, f"Scorer '{config.name}'")
     return candidates.map_batches(
-        ScoreStage, fn_constructor_args=(config,), batch_format="pyarrow", batch_size=None, **workers.pool()
+        ScoreStage, fn_constructor_args=(config, revision), batch_format="pyarrow", batch_size=None, **workers.pool()
     )
 
 
@@ -179,11 +187,15 @@ def load_preference_scorer(config: PreferenceScoring) -> PreferenceScorer:
 
 
 class ScoreStage:
-    """The scorer of one actor, applied to tables of whole shards."""
+    """The scorer of one actor, applied to tables of whole shards; a service must run `revision`."""
 
-    def __init__(self, config: Scoring | PreferenceScoring) -> None:
+    def __init__(self, config: Scoring | PreferenceScoring, revision: str | None = None) -> None:
         self.name = config.name
-        self.scorer: Scorer = SCORERS[config.type](config)
+        scorer = SCORERS[config.type](config)
+        if revision is not None:
+            # An actor that is started anew must not take the model of a service that was changed since.
+            scorer.revision = revision
+        self.scorer: Scorer = scorer
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Score the rows that are kept; dropped ones get null."""
