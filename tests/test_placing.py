@@ -259,6 +259,9 @@ def test_a_sample_has_its_rewards_on_its_own_tokens_behind_its_white_space():
         def result(self, ticket):
             return ticket
 
+        def take_busy(self):
+            return 0.0
+
     scorers = [{"type": "custom", "name": name, "scorer": "x"} for name in WANTED]
     training = PPO.model_validate({"model": "x", "scorers": scorers, "rewarding": PARTS})
     values = {"id": "1", "lang": "de", "prompt": [{"role": "user", "content": "p"}], "tools": "[]", "topic": "t"}
