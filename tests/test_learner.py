@@ -183,7 +183,7 @@ def test_while_values_warm_up_the_policy_stays_as_it_was_to_the_last_bit(policy,
     assert any(name.startswith("policy.") for name in moved)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 3])
+@pytest.mark.parametrize("zero_stage", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_recomputed_activations_give_the_same_step(policy, zero_stage):
     found = []
     for is_on in (False, True):
@@ -203,12 +203,12 @@ def assert_near(weights, wanted, atol=1e-6):
 @pytest.mark.parametrize(
     ("zero_stage", "precision", "lora"),
     [
-        (1, "fp32", None),
         (1, "bf16", None),
-        (2, "fp32", None),
-        (3, "fp32", None),
         (2, "bf16", {"r": 2}),
-        (3, "fp32", {"r": 2}),
+        (2, "fp32", None),
+        pytest.param(1, "fp32", None, marks=pytest.mark.slow),
+        pytest.param(3, "fp32", None, marks=pytest.mark.slow),
+        pytest.param(3, "fp32", {"r": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_a_learner_goes_on_from_its_state_as_if_it_had_not_ended(policy, tmp_path, zero_stage, precision, lora):
@@ -229,7 +229,9 @@ def test_a_learner_goes_on_from_its_state_as_if_it_had_not_ended(policy, tmp_pat
     assert_near(weights_of(resumed), weights_of(whole))
 
 
-@pytest.mark.parametrize(("zero_stage", "lora"), [(3, None), (2, {"r": 2}), (3, {"r": 2})])
+@pytest.mark.parametrize(
+    ("zero_stage", "lora"), [(2, {"r": 2}), (3, {"r": 2}), pytest.param(3, None, marks=pytest.mark.slow)]
+)
 def test_a_policy_that_was_trained_in_parts_is_read_by_plain_transformers(policy, tmp_path, zero_stage, lora):
     from rayrm.training.ppo.engine import export_learned
 
@@ -273,7 +275,7 @@ def step_of_rank(rank, num_ranks, policy, folder):
 
 
 @pytest.mark.slow
-def test_two_workers_take_the_step_of_one(policy, tmp_path):
+def test_two_processes_take_the_step_of_one(policy, tmp_path):
     learner = make_learner(policy)
     wanted = take_step(learner), weights_of(learner)
     torch.multiprocessing.spawn(step_of_rank, (2, policy, str(tmp_path)), nprocs=2)

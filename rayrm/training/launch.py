@@ -49,7 +49,8 @@ class Parallelism(Config):
     offload_parameters: bool = False
     """Keep parameters in the host's memory (ZeRO-3)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Number format of the forward and backward pass; auto is bf16 on GPUs and fp32 on CPUs."""
+    """Number format of the forward and backward pass; auto is bf16 on GPUs and fp32 on CPUs. Gradients of several passes
+    are added up in fp32 either way."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
 
