@@ -256,6 +256,17 @@ def split_requests(requests: list[Request], num_workers: int) -> list[list[Reque
     return [requests[start : start + size] for start in range(0, len(requests), size or 1)]
 
 
+def tokens_needed(config: Any, max_length: int) -> int | None:
+    """The `max_model_len` with which a sampler of the model with this `config` holds `max_length` tokens and no more.
+
+    None for an encoder-decoder, whose prompts and completions do not share a limit.
+    """
+    if config.is_encoder_decoder:
+        return None
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return min(max_length, positions or max_length)
+
+
 def _pack(tensor: torch.Tensor) -> tuple[Any, torch.dtype, torch.Size]:
     """A tensor as bytes that Ray shares without a copy; numpy has no bf16."""
     import torch

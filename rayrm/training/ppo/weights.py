@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch.distributed as dist
+from peft.tuners import lora
 from torch import Tensor
 
 from rayrm.training.checkpoints import gather_state
@@ -31,9 +32,18 @@ def sampler_state(policy: Any) -> dict[str, Tensor]:
         with _whole(module):
             if is_first:
                 key = f"{name.removeprefix(ADAPTED)}.weight"
-                delta = module.get_delta_weight("default").detach().cpu()
-                state[key] = (state[key].float() + delta.float()).to(state[key].dtype)
+                state[key] = (state[key].float() + _update(module).cpu()).to(state[key].dtype)
     return state
+
+
+def _update(layer: Any) -> Tensor:
+    """What LoRA adds to a layer's weight, in fp32: peft rounds it to the parameters' format before the sum is."""
+    is_linear = isinstance(layer, lora.Linear)
+    if not is_linear:
+        return layer.get_delta_weight("default").detach().float()
+    up, down = (part["default"].weight.detach().float() for part in (layer.lora_B, layer.lora_A))
+    update = up @ down * layer.scaling["default"]
+    return update.T if layer.fan_in_fan_out else update
 
 
 def _whole(module: Any) -> Any:
