@@ -28,7 +28,7 @@ from rayrm.training.ppo.engine import export_learned, make_engine, read_prompts
 from rayrm.training.ppo.experience import Experience, Sample, compute_advantages, record_of
 from rayrm.training.ppo.learner import Learner
 from rayrm.training.ppo.metrics import describe_experience, describe_samples, merge_records
-from rayrm.training.ppo.rollouts import RolloutPool
+from rayrm.training.ppo.rollouts import RolloutPool, tokens_needed
 from rayrm.training.ppo.scorers import ScorerPool
 from rayrm.training.ppo.settings import RewardedJob
 from rayrm.training.ppo.weights import sampler_state
@@ -86,14 +86,8 @@ class RewardedTrainer:
         self.seconds: dict[str, float] = {}
         """What the parts of the next step have taken so far."""
         self.thread = ThreadPoolExecutor(max_workers=1)
-        # An encoder-decoder's prompt and completion do not share their room.
-        is_encoder = self.learner.network.policy.config.is_encoder_decoder
-        self.rollouts = RolloutPool(
-            self.training.model,
-            self.training.rollouts,
-            self.training.sampling,
-            max_model_len=None if is_encoder else self.training.max_length,
-        )
+        room = tokens_needed(self.learner.network.policy.config, self.training.max_length)
+        self.rollouts = RolloutPool(self.training.model, self.training.rollouts, self.training.sampling, room)
         self.scorers = ScorerPool(self.training.scorers, self.training.rollouts.max_failures)
         self.collector = Collector(self.training, self.renderer.tokenizer, self.rollouts, self.scorers)
 
