@@ -1,8 +1,8 @@
 """Let policies translate test sets and measure them; writes run.json, report.html and matrices by language pair.
 
 BLEU and chrF by sacreBLEU, BLEURT, COMET in an environment of its own, with intervals, and the paired differences of
-every two policies. Translations stay in `<output>/<policy>/candidates`, scores beside them; a run that was killed goes
-on from there, and translates and scores nothing twice.
+every two policies. An empty translation is scored like any other. Translations stay in `<output>/<policy>/candidates`,
+scores beside them; a run that was killed goes on from there, and translates and scores nothing twice.
 """
 
 from __future__ import annotations
