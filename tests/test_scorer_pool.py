@@ -26,7 +26,7 @@ class Frail:
                 os._exit(1)
             if row["candidates"] == ["poison"]:
                 os._exit(1)
-        return [[len(text) for text in row["candidates"]] for row in rows]
+        return [[len(text) for text in row["candidates"]] for row in rows], 3.0
 
 
 @pytest.mark.ray
@@ -45,6 +45,8 @@ def test_deaths_are_forgiven_with_every_answer(tmp_path, ray_cluster, monkeypatc
             assert pool.result(tickets[0]) == [[0], [1], [2], [3], [4], [2, 0]]
             assert pool.result(tickets[1]) == [[0], [1], [2], [3], [4]]
             assert not once.exists()
+            # Two pieces of work of 3 s for each of two actors, whatever was begun by those that died.
+            assert pool.take_busy() == 6.0 and pool.take_busy() == 0
         with pytest.raises(RayRMError, match=f"Actors of the scorer '{config.name}' keep dying"):
             pool.result(pool.submit(config.name, "text", [*rows, {"candidates": ["poison"]}]))
     finally:
