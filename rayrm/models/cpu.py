@@ -32,6 +32,12 @@ class OneDnnLinear(nn.Module):
         return output
 
 
+def dtypes() -> tuple[torch.dtype, ...]:
+    """Number formats that oneDNN multiplies on this processor; bf16 takes vector units that not every one has."""
+    has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (torch.float32, torch.bfloat16) if has_bf16 else (torch.float32,)
+
+
 def use_onednn(network: nn.Module) -> None:
     """Replace all plain linear layers of a model on a CPU that is only read from now on."""
     if not torch.backends.mkldnn.is_available():
@@ -56,8 +62,4 @@ def keep_freed_memory() -> None:
 
 
 def _is_for_onednn(weight: torch.Tensor) -> bool:
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype in (torch.float32, torch.bfloat16)
-        and min(weight.shape) >= MIN_SIZE
-    )
+    return weight.device.type == "cpu" and weight.dtype in dtypes() and min(weight.shape) >= MIN_SIZE
