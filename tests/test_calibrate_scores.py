@@ -157,6 +157,30 @@ def test_a_calibration_of_another_scorer_is_refused(tmp_path):
     check_calibrations(Composition.model_validate(numbers), [made["other"]])
 
 
+def test_a_run_with_another_scorer_does_not_start(tmp_path, path, monkeypatch):
+    from rayrm.training.launch import TrainingWorkers
+    from rayrm.training.ppo import scorers
+    from rayrm.training.ppo.settings import PPO
+
+    monkeypatch.setattr(scorers.cluster, "require_total", lambda *asked: None)
+    table = pq.read_table(path).drop_columns(["scores", "status", "candidates"])
+    pq.write_table(table.append_column("source", pa.array(["x"] * 3)), path)
+    made = calibrate(tmp_path / "made", h=identify(LengthScoring(name="h")))
+    for ratios in ({}, {"en-de": 2.0}):
+        training = PPO.model_validate(
+            {
+                "model": "x",
+                "scorers": [{"type": "length", "name": "h", "ratios": ratios}],
+                "rewarding": {"holistic": {"scorer": "h", "calibration": made}},
+            }
+        )
+        if not ratios:
+            scorers.check_rewarded(training, path, TrainingWorkers())
+            continue
+        with pytest.raises(ConfigError, match=r"another scorer \(ratios: {} there, {'en-de': 2.0} here\)"):
+            scorers.check_rewarded(training, path, TrainingWorkers())
+
+
 def test_rows_of_another_scorer_than_the_calibration_are_refused(tmp_path):
     path = calibrate(tmp_path / "made", h=identify(LengthScoring(name="h")), g=identify(GrammarScoring(name="g")))
     files.write_json(f"{tmp_path}/rows/run.json", {"scorers": {"h": identify(GrammarScoring(name="h"))}})
