@@ -9,7 +9,7 @@ from rayrm.client.replies import Answered, BleurtReply, PairsReply, RewardsReply
 from rayrm.client.values import Comparison, Pair, Prompt, Query, Reference, Reward
 
 QuestionT = TypeVar("QuestionT")
-AnswerT = TypeVar("AnswerT", Reward, Comparison)
+AnswerT = TypeVar("AnswerT", bound=Reward | Comparison)
 
 
 class Asking(Generic[QuestionT, AnswerT]):
