@@ -4,9 +4,12 @@ import csv
 import importlib.util
 import json
 import os
+import subprocess
 import sys
+import sysconfig
 import types
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -399,20 +402,51 @@ def make_wheel(folder, name, code):
     return str(path)
 
 
+RUN_COMET = """
+import os, sys
+import ray
+from rayrm.evaluation.translation.comet import CometConfig, check_comet, score_comet
+
+model, wheel, candidates, output = sys.argv[1:]
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+config = CometConfig(model=model, pip=[wheel])
+check_comet(config)
+score_comet(config, candidates, output, 0)
+print(os.getpid(), sys.prefix)
+"""
+
+
+def make_environment(path):
+    """A virtual environment with all packages of this one, and small: Ray copies the one that it runs in."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", path], check=True)
+    (site,) = path.glob("lib/*/site-packages")
+    (site / "all.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return str(path / "bin/python")
+
+
 @pytest.mark.slow
 @pytest.mark.ray
-def test_comet_scores_come_from_an_environment_of_its_own(ray_cluster, tmp_path):
+def test_comet_scores_come_from_an_environment_of_its_own(tmp_path):
     assert importlib.util.find_spec("comet") is None
-    model = tmp_path / "model.ckpt"
+    model, output = tmp_path / "model.ckpt", str(tmp_path / "comet_scores")
     model.touch()
-    config = CometConfig(model=str(model), pip=[make_wheel(tmp_path, "comet", STAND_IN)])
-    check_comet(config)
-    output = score_comet(config, make_candidates(tmp_path / "candidates"), str(tmp_path / "comet"), 0)
+    candidates, wheel = make_candidates(tmp_path / "candidates"), make_wheel(tmp_path, "comet", STAND_IN)
+    ran = subprocess.run(
+        [make_environment(tmp_path / "own"), "-c", RUN_COMET, str(model), wheel, candidates, output],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr
+    pid, prefix = ran.stdout.split()
     assert read_table(output)["scores"].to_pylist() == [{"comet": [1.0, 0.0]}] * 3
     calls = [json.loads(line) for line in (tmp_path / "model.ckpt.told").read_text().splitlines()]
-    # One task loads the model once for all three files, in a process whose Python is not this one.
-    assert len(calls) == 3 and len({call["pid"] for call in calls}) == 1 and calls[0]["pid"] != os.getpid()
-    assert "runtime_resources/pip" in calls[0]["prefix"] and calls[0]["package"].startswith(calls[0]["prefix"])
+    # One task loads the model once for all three files, in a process of another Python than the job's.
+    assert len(calls) == 3 and len({call["pid"] for call in calls}) == 1 and calls[0]["pid"] != int(pid)
+    assert "runtime_resources/pip" in calls[0]["prefix"] and calls[0]["prefix"] != prefix
+    assert calls[0]["package"].startswith(calls[0]["prefix"])
 
 
 def test_bad_configs_are_told(policy, tmp_path):
