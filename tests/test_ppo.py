@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +20,7 @@ from transformers import (
 from rayrm.config import build_config
 from rayrm.errors import CheckpointError, ConfigError, RayRMError, SchemaError, ServiceError
 from rayrm.models.creation import CreationConfig, create_model
+from rayrm.models.folders import load_tokenizer
 from rayrm.models.rendering import Renderer
 from rayrm.models.vllm import EngineConfig
 from rayrm.scoring.grammar import GrammarScorer
@@ -33,6 +35,7 @@ from rayrm.training.ppo.settings import RewardedJob
 
 SIZES = CreationConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, max_length=64)
 NUM_ROWS = 24
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}|{% endfor %}"
 
 
 def teach(path):
@@ -186,7 +189,7 @@ def alone(process_group, monkeypatch, tmp_path):
 def start(job):
     from rayrm.training.ppo.loop import RewardedTrainer
 
-    return RewardedTrainer(job, "{% for m in messages %}{{ m['content'] }}|{% endfor %}", job.training.micro_batch_size)
+    return RewardedTrainer(job, TEMPLATE, job.training.micro_batch_size)
 
 
 def finish(trainer):
@@ -569,6 +572,19 @@ def test_rules_of_length_drop_or_penalise(data, tmp_path, alone):
     assert cut and all(row["fault"] == "unfinished" and row["reward"] is None for row in cut)
     short = [row for row in rows if row["is_finished"] and row["num_tokens"] - 1 < 6]
     assert short and all(row["reward"] == -7 and row["parts"] == {"too_short": -7} for row in short)
+
+
+def test_scorers_see_the_columns_that_they_need(data, tmp_path, monkeypatch):
+    from rayrm.training.ppo import engine
+
+    monkeypatch.setattr(engine, "CustomClass", lambda scorer: SimpleNamespace(needs=("topic",)))
+    table = [{**row, "topic": "rivers", "more": 1} for row in pq.read_table(data / "prompts.parquet").to_pylist()]
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "in" / "prompts.parquet")
+    scorers = {"scorers": [{"type": "custom", "name": "grammar", "scorer": "own"}]}
+    job = make_job(tmp_path / "in", tmp_path / "run", model=f"{data}/policy", **scorers)
+    rows, _, _ = engine.read_prompts(job, Renderer(load_tokenizer(f"{data}/policy"), TEMPLATE))
+    assert rows[0].values["topic"] == "rivers" and rows[0].values["reference"] and "more" not in rows[0].values
 
 
 def test_prompts_that_cannot_be_answered_are_dropped_and_counted(data, tmp_path, alone):

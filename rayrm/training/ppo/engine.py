@@ -16,6 +16,7 @@ from rayrm.models.packing import make_packable
 from rayrm.models.rendering import Renderer
 from rayrm.rows import Prompt
 from rayrm.scoring import READS
+from rayrm.scoring.custom import CustomClass, CustomScoring
 from rayrm.seeds import seed_of
 from rayrm.shards import iter_tables
 from rayrm.splits import is_held_out
@@ -123,6 +124,10 @@ def read_prompts(job: RewardedJob, renderer: Renderer) -> tuple[list[PromptRow],
     seen: set[tuple[str, str]] = set()
     is_encoder = AutoConfig.from_pretrained(local_model(training.model)).is_encoder_decoder
     room = training.max_length - (0 if is_encoder else training.sampling.max_tokens)
+    read = {*READS, "id", "tools"}
+    for config in training.scorers:
+        if isinstance(config, CustomScoring):
+            read |= set(CustomClass(config.scorer).needs)
     found: dict[bool, list[PromptRow]] = {False: [], True: []}
     dropped: dict[str, int] = {}
     for table in iter_tables(job.input, None):
@@ -141,7 +146,7 @@ def read_prompts(job: RewardedJob, renderer: Renderer) -> tuple[list[PromptRow],
             if fault is not None:
                 dropped[fault] = dropped.get(fault, 0) + 1
                 continue
-            kept = {name: value for name, value in values.items() if name in (*READS, "id", "tools")}
+            kept = {name: value for name, value in values.items() if name in read}
             is_out = is_held_out(values["group"], training.held_out_fraction, training.seed)
             found[is_out].append(PromptRow(kept, ids))
     for is_out in (False, *([True] if training.held_out_fraction else [])):
