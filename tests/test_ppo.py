@@ -340,6 +340,11 @@ def test_while_values_warm_up_the_policy_stays_as_it_was(data, tmp_path, alone):
     assert trainer.history[1]["update_kl"] < 1e-9 and trainer.history[1]["explained_variance"] != 0
 
 
+def test_a_warm_up_that_never_ends_is_refused(data, tmp_path, alone):
+    with pytest.raises(ConfigError, match="value_warmup_steps 3 leaves none of the 3 steps to the policy"):
+        start(make_job(data, tmp_path / "run", max_steps=3, value_warmup_steps=3))
+
+
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
 def test_the_value_head_has_a_rate_of_its_own_also_after_a_resume(data, tmp_path, alone, zero_stage):
     def rates(trainer):

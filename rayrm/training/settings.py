@@ -48,7 +48,7 @@ class Training(Optimization):
     lora: LowRank | None = None
     """Train LoRA updates (and a reward model's whole head); null trains every weight."""
     max_length: int = Field(1024, ge=8)
-    """Most tokens of a prompt with one completion."""
+    """Most tokens of a prompt with one completion; of the prompt alone where an encoder reads it."""
     held_out_fraction: float = Field(0.0, ge=0, lt=1)
     """Share of the groups that is never trained on, and evaluated."""
     eval_steps: int = Field(100, ge=1)

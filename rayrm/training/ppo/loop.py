@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from rayrm import files
-from rayrm.errors import CheckpointError
+from rayrm.errors import CheckpointError, ConfigError
 from rayrm.training.batches import batch_of_step, steps_per_epoch
 from rayrm.training.curves import SAMPLES, write_curves
 from rayrm.training.launch import prepare_worker
@@ -70,6 +70,11 @@ class RewardedTrainer:
         self.rows, self.held_out, self.counts = read_prompts(job, self.renderer)
         self.epoch_steps = steps_per_epoch(len(self.rows), self.training.global_batch_size)
         self.num_steps = self.training.max_steps or max(1, round(self.training.num_epochs * self.epoch_steps))
+        if self.learner.warmup_steps >= self.num_steps:
+            raise ConfigError(
+                f"value_warmup_steps {self.learner.warmup_steps} leaves none of the {self.num_steps} steps to the policy; "
+                "lower it, or train for longer."
+            )
         self.step = 0
         """Steps that are done."""
         self.coefficient = self.training.kl.coefficient

@@ -150,7 +150,8 @@ class PPO(PolicyGradient):
     """Learning rate of the value head, the same in all steps: it is new, and follows rewards of any size, so `lr` would
     be far too low for it."""
     value_warmup_steps: int = Field(0, ge=0)
-    """First steps in which only the values are learned: a new value head says nothing of use."""
+    """First steps in which only the values are learned: a new value head says nothing of use. The schedule of `lr`
+    begins behind them."""
 
 
 class LossKLConfig(KLConfig):
