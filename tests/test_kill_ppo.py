@@ -18,12 +18,21 @@ from safetensors.torch import load_file
 from test_kills import descendants, kill_group, run_job, start_job, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
-prompts = test_ppo.data
+data = test_ppo.data
 NUM_STEPS = 24
 SAVE_STEPS = 3
 KILLED = {"transformers": ["driver", "RolloutActor", "ScorerActor", "RayTrainWorker"], "vllm": ["RolloutActor"]}
 """What dies in a run, one after the other, by what draws. A vLLM engine lives in its actor's process."""
 CONFIG = Path(__file__).resolve().parents[1] / "serve_configs" / "reward.yaml"
+
+
+@pytest.fixture(scope="module")
+def prompts(data):
+    """The prompts and the policy, and one with a head as wide as vLLM wants it on a CPU."""
+    sizes = test_ppo.SIZES.model_copy(update={"num_heads": 1})
+    test_ppo.create_model(["one two three good bad"] * 9, sizes, f"{data}/policy_of_one_head")
+    test_ppo.teach(f"{data}/policy_of_one_head")
+    return data
 
 
 def words(prompts, output, engine, *more):
@@ -32,7 +41,7 @@ def words(prompts, output, engine, *more):
         f"input={prompts}/prompts.parquet",
         f"output={output}",
         "training.type=ppo",
-        f"training.model={prompts}/policy",
+        f"training.model={prompts}/{'policy' if engine == 'transformers' else 'policy_of_one_head'}",
         "training.chat_template=none",
         "training.max_length=64",
         "training.lr=1e-4",
