@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rayrm import files
+from rayrm.training.curves import SAMPLES
 from rayrm.training.ppo.advantages import estimate_gae, group_relative, leave_one_out, whiten
 from rayrm.training.ppo.losses import estimate_kl
 from rayrm.training.ppo.settings import GRPO, PPO, RewardedTraining
@@ -138,3 +141,10 @@ def record_of(sample: Sample) -> dict[str, Any]:
         "parts": sample.parts,
         "fault": sample.fault,
     }
+
+
+def write_samples(output: str, name: str, samples: Sequence[Sample]) -> None:
+    """Write `<output>/samples/<name>.jsonl`, a line for each sample, also of those that were left out."""
+    with files.atomic_file(files.join(output, SAMPLES, f"{name}.jsonl")) as handle:
+        for sample in samples:
+            handle.write(json.dumps(record_of(sample), ensure_ascii=False).encode() + b"\n")

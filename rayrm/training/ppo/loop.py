@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,15 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rayrm import files
 from rayrm.errors import CheckpointError, ConfigError
 from rayrm.training.batches import batch_of_step, steps_per_epoch
-from rayrm.training.curves import SAMPLES, write_curves
+from rayrm.training.curves import write_curves
 from rayrm.training.launch import prepare_worker
 from rayrm.training.memory import fitting_micro_batch, halved_when_out_of_memory
 from rayrm.training.ppo.collecting import Collected, Collector
 from rayrm.training.ppo.engine import export_learned, make_engine, read_prompts
-from rayrm.training.ppo.experience import Experience, Sample, compute_advantages, record_of
+from rayrm.training.ppo.experience import Experience, compute_advantages, write_samples
 from rayrm.training.ppo.learner import Learner
 from rayrm.training.ppo.metrics import describe_experience, describe_samples, merge_records
 from rayrm.training.ppo.rollouts import RolloutPool, tokens_needed
@@ -299,10 +297,3 @@ class RewardedTrainer:
         self.thread.shutdown(cancel_futures=True)
         self.rollouts.close()
         self.scorers.close()
-
-
-def write_samples(output: str, name: str, samples: Sequence[Sample]) -> None:
-    """Write `<output>/samples/<name>.jsonl`, a line for each sample, also of those that were left out."""
-    with files.atomic_file(files.join(output, SAMPLES, f"{name}.jsonl")) as handle:
-        for sample in samples:
-            handle.write(json.dumps(record_of(sample), ensure_ascii=False).encode() + b"\n")
