@@ -13,7 +13,7 @@ from test_kills import descendants, kill_group, run_job, run_on_two_nodes, start
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 rows = test_policy.data
 pairs = test_train_reward_model.data
-NUM_STEPS, SAVE_STEPS = 40, 6
+NUM_STEPS = 60
 JOBS = ["train_policy", "train_reward_model"]
 
 
@@ -50,9 +50,9 @@ def words(job, folders, output):
         "training.held_out_fraction=0.2",
         "workers.num_workers=2",
         "parallelism.zero_stage=2",
-        f"save_steps={SAVE_STEPS}",
+        "save_steps=8",
         # A record of TRL's covers the steps since the last one or since a resume, so both must fall together.
-        f"log_steps={SAVE_STEPS}",
+        "log_steps=8",
     ]
 
 
@@ -73,25 +73,26 @@ def states(output):
     return list(Path(output).glob("state/step-*"))
 
 
-def last_step(output):
-    return max(int(path.name.removeprefix("step-")) for path in states(output))
-
-
 @pytest.mark.parametrize("job", JOBS)
-def test_training_goes_on_after_its_driver_and_then_a_worker_were_killed(job, folders, undisturbed, tmp_path):
+def test_training_goes_on_after_a_worker_was_killed(job, folders, undisturbed, tmp_path):
     process = start_job(job, words(job, folders, tmp_path))
     wait_for(lambda: len(states(tmp_path)) >= 2, process)
-    kill_group(process)
-    assert not (tmp_path / "model").exists()
-    before = last_step(tmp_path)
-    process = start_job(job, words(job, folders, tmp_path))
-    wait_for(lambda: last_step(tmp_path) > before, process)
     victims = descendants(process, "RayTrainWorker")
     assert len(victims) == 2, "two training workers run below the job"
     victims[0].kill()
     assert not (tmp_path / "model").exists()
     output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0 and "resuming" in output, output
+    assert process.returncode == 0, output
+    assert_equal_runs(tmp_path, undisturbed / job)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_training_goes_on_after_its_driver_was_killed(job, folders, undisturbed, tmp_path):
+    process = start_job(job, words(job, folders, tmp_path))
+    wait_for(lambda: len(states(tmp_path)) >= 2, process)
+    kill_group(process)
+    assert not (tmp_path / "model").exists()
+    assert "resuming" in run_job(job, words(job, folders, tmp_path))
     assert_equal_runs(tmp_path, undisturbed / job)
 
 
