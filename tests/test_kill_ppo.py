@@ -157,7 +157,12 @@ def test_a_run_waits_for_a_reward_server_that_was_killed(prompts, served_model, 
         assert process.returncode == 0, output
     finally:
         server.send_signal(signal.SIGINT)
-        server.wait(60)
+        try:
+            server.wait(120)
+        except subprocess.TimeoutExpired:
+            # On a busy machine; nothing hangs on how it ends.
+            for pid in [server.pid, *(child.pid for child in descendants(server, ""))]:
+                os.kill(pid, signal.SIGKILL)
     found = samples_of(tmp_path / "run")
     assert num_before < len(found) == NUM_STEPS
     samples = [sample for rows in found.values() for sample in rows]
