@@ -1,5 +1,6 @@
 """Policy training with rewards goes on when any of its roles is killed, and uses no sample twice."""
 
+import contextlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import test_ppo
 import torch
@@ -161,8 +163,9 @@ def test_a_run_waits_for_a_reward_server_that_was_killed(prompts, served_model, 
             server.wait(120)
         except subprocess.TimeoutExpired:
             # On a busy machine; nothing hangs on how it ends.
-            for pid in [server.pid, *(child.pid for child in descendants(server, ""))]:
-                os.kill(pid, signal.SIGKILL)
+            for process in [*descendants(server, ""), server]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
     found = samples_of(tmp_path / "run")
     assert num_before < len(found) == NUM_STEPS
     samples = [sample for rows in found.values() for sample in rows]
