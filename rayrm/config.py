@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic.fields import FieldInfo
 
 from rayrm import errors
-from rayrm.errors import ConfigError, RayRMError
+from rayrm.errors import ConfigError, RayRMError, ServiceError
 
 NOT_IDENTITY = {"identity": False}
 """`json_schema_extra` of a field that changes how work is done, but not what comes out."""
@@ -257,10 +257,11 @@ def find_told(error: BaseException | None) -> RayRMError | None:
         if isinstance(error, RayRMError) and not isinstance(cause, BaseException):
             return error
         # Of an actor that dies while it starts only the text of its trace is left.
-        traced = re.findall(r"^rayrm\.errors\.(\w+): (.+)", str(error), re.MULTILINE)
+        traced = re.findall(r"^rayrm\.(?:errors|client\.sending)\.(\w+): (.+)", str(error), re.MULTILINE)
         if traced and not isinstance(cause, BaseException):
             name, message = traced[-1]
-            return typing.cast(RayRMError, getattr(errors, name)(message))
+            # The client's own kinds are no more than that to others.
+            return typing.cast(RayRMError, getattr(errors, name, ServiceError)(message))
         error = cause if isinstance(cause, BaseException) else error.__cause__
     return None
 

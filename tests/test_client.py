@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import pickle
 import threading
 import time
 
@@ -124,9 +125,12 @@ def test_single_items_that_there_was_no_time_for_are_sent_again(server, expected
 def test_refusals_and_silence_are_errors_that_tell(server):
     with (
         RewardClient(server.url, key="wrong") as client,
-        pytest.raises(ServiceError, match=r"\(401\): The request has no"),
+        pytest.raises(ServiceError, match=r"\(401\): The request has no") as told,
     ):
         client.models()
+    # Errors of actors come to the driver as bytes.
+    sent = pickle.loads(pickle.dumps(told.value))
+    assert type(sent) is type(told.value) and (str(sent), sent.code) == (str(told.value), 401)
     with RewardClient(server.url, key="s3cret", model="x") as client, pytest.raises(ServiceError, match="no model 'x'"):
         client.rewards([Query(PROMPT, TEXTS)])
     nowhere = f"http://127.0.0.1:{free_port()}"

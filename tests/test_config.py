@@ -161,14 +161,21 @@ def test_a_job_tells_the_error_of_its_actor(capsys):
     assert capsys.readouterr().err == "ConfigError: The model is broken.\n"
 
 
-def test_a_job_tells_the_error_in_the_trace_of_an_actor_that_died(capsys):
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        ("rayrm.errors.CheckpointError: There is no head.", "CheckpointError: There is no head."),
+        ("rayrm.client.sending.LateError: http://x has not answered.", "ServiceError: http://x has not answered."),
+    ],
+)
+def test_a_job_tells_the_error_in_the_trace_of_an_actor_that_died(capsys, raised, told):
     def fail():
-        trace = "Traceback:\n  File 'x'\nrayrm.errors.CheckpointError: There is no head.\n"
+        trace = f"Traceback:\n  File 'x'\n{raised}\n"
         raise RuntimeError(f"The actor died because of an error raised in its creation task, {trace}")
 
     with pytest.raises(SystemExit):
         run_job(fail)
-    assert capsys.readouterr().err == "CheckpointError: There is no head.\n"
+    assert capsys.readouterr().err == f"{told}\n"
 
 
 def test_an_error_that_no_one_foresaw_keeps_its_trace():

@@ -26,11 +26,15 @@ class RefusedError(ServiceError):
     """A request that the service does not take, and would not take later either."""
 
     def __init__(self, message: str, code: int, told: str) -> None:
-        super().__init__(message)
+        # All of them, so that it can be pickled.
+        super().__init__(message, code, told)
         self.code = code
         """Status code of HTTP."""
         self.told = told
         """What the service says."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class LateError(ServiceError):
