@@ -20,11 +20,11 @@ def fitting_micro_batch(output: str, wanted: int) -> int:
 
 
 @contextmanager
-def halved_when_out_of_memory(output: str, micro_batch_size: int, rows_per_worker: int) -> Iterator[None]:
+def halved_when_out_of_memory(output: str, micro_batch_size: int, rows_per_worker: int | None) -> Iterator[None]:
     """End the attempt when memory runs out, and have the next one use half the micro batch.
 
-    The next micro batch divides `rows_per_worker`, the rows of a worker and step, so the global batch stays. Raises
-    CheckpointError when a single row does not fit.
+    The next micro batch divides `rows_per_worker`, the rows of a worker and step, so the global batch stays; null where
+    any will do. Raises CheckpointError when a single row does not fit.
     """
     from accelerate.utils.memory import should_reduce_batch_size
     from ray.exceptions import RayError
@@ -43,7 +43,8 @@ def halved_when_out_of_memory(output: str, micro_batch_size: int, rows_per_worke
                 "Memory runs out with a micro batch of one row; lower max_length, or turn on "
                 "parallelism.gradient_checkpointing, offloading or a higher zero_stage."
             ) from error
-        smaller = next(size for size in range(micro_batch_size // 2, 0, -1) if rows_per_worker % size == 0)
+        sizes = range(micro_batch_size // 2, 0, -1)
+        smaller = next(size for size in sizes if rows_per_worker is None or rows_per_worker % size == 0)
         files.write_json(files.join(output, MICRO_BATCH), {"micro_batch_size": smaller})
         log.warning("out of memory with a micro batch of %d rows; going on with %d", micro_batch_size, smaller)
         raise
