@@ -163,9 +163,11 @@ def test_estimators_are_right_on_average(estimator):
 def test_the_coefficient_follows_the_target_within_bounds():
     kl = KLConfig(coefficient=0.2, target=6, horizon=10000)
     assert kl.adapt(0.2, 6.0, 512) == 0.2
-    assert kl.adapt(0.2, 6.6, 512) == pytest.approx(0.2 * (1 + 0.1 * 512 / 10000))
-    assert kl.adapt(0.2, 60.0, 512) == pytest.approx(0.2 * (1 + 0.2 * 512 / 10000))
-    assert kl.adapt(0.2, 0.0, 512) == pytest.approx(0.2 * (1 - 0.2 * 512 / 10000))
+    assert kl.adapt(0.2, 6.6, 512) == pytest.approx(0.2 * math.exp(0.1 * 512 / 10000))
+    assert kl.adapt(0.2, 60.0, 512) == pytest.approx(0.2 * math.exp(0.2 * 512 / 10000))
+    assert kl.adapt(0.2, 0.0, 512) == pytest.approx(0.2 * math.exp(-0.2 * 512 / 10000))
+    # More samples a step than the horizon has.
+    assert 0 < KLConfig(coefficient=0.2, target=6, horizon=50).adapt(0.2, 0.0, 512) < 0.2
     assert KLConfig(coefficient=0.2).adapt(0.2, 60.0, 512) == 0.2
 
 

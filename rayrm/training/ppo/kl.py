@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -42,9 +43,10 @@ class KLConfig(Config):
     def adapt(self, coefficient: float, divergence: float, num_samples: int) -> float:
         """The coefficient behind a step of `num_samples` samples, whose mean k1 a completion was `divergence` nats.
 
-        Multiplied by 1 + clip(divergence / target − 1, ±0.2) · num_samples / horizon (arXiv 1909.08593).
+        Multiplied by exp(clip(divergence / target − 1, ±0.2) · num_samples / horizon), whose beginning is arXiv
+        1909.08593's 1 + …, and which stays positive where a step has more samples than the horizon.
         """
         if self.target is None:
             return coefficient
         error = min(max(divergence / self.target - 1, -MOST_ERROR), MOST_ERROR)
-        return coefficient * (1 + error * num_samples / self.horizon)
+        return coefficient * math.exp(error * num_samples / self.horizon)
