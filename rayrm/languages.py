@@ -116,6 +116,11 @@ def primary_subtag(code: str) -> str:
     return _PRIMARY_SUBTAGS.get(first, first)
 
 
+def is_english(code: str) -> bool:
+    """Whether a code is that of English, in whatever script and region."""
+    return primary_subtag(code) == "en"
+
+
 def flores_code(code: str) -> str:
     """The FLORES code of a language of the table; any other code stands for itself."""
     return LANGUAGES[code].flores if code in LANGUAGES else code

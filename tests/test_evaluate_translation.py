@@ -468,6 +468,7 @@ def test_bad_configs_are_told(policy, tmp_path):
     assert "the policies with a temperature of their own are none" in fault(policies=[*good["policies"], sharp])
     assert "set the one to begin the search with" in fault(policies=[{**sharp, "temperature": 0}])
     assert "the folder prompts of the output" in fault(policies=[{"model": policy, "name": "prompts"}])
+    assert "should match pattern" in fault(policies=[{"model": policy, "name": ".."}])
     assert "several sets are called 'flores'" in fault(sets=good["sets"] * 2)
     unknown = fault(sets=[{**good["sets"][0], "languages": ["en", "xx"]}])
     assert "there is no language xx; the codes are en, de" in unknown

@@ -185,7 +185,8 @@ def test_texts_are_scored_on_one_line():
 
 
 def test_means_are_unweighted_over_pairs():
-    pairs = [("en", "de"), ("en", "fr"), ("de", "en"), ("fr", "de")]
+    # English is English in all of its codes.
+    pairs = [("en", "de"), ("eng_Latn", "fr"), ("de", "en-GB"), ("fr", "de")]
     draws = np.array([[10.0, 20.0, 40.0, 5.0], [1.0, np.nan, 3.0, np.nan]])
     slices = slice_draws(draws, pairs, [10] * 4)
     assert {name: values[0] for name, values in slices.items()} == {
@@ -194,8 +195,8 @@ def test_means_are_unweighted_over_pairs():
         "x-en": 40.0,
         "x-x": 5.0,
         "en-de": 10.0,
-        "en-fr": 20.0,
-        "de-en": 40.0,
+        "eng_Latn-fr": 20.0,
+        "de-en-GB": 40.0,
         "fr-de": 5.0,
     }
     # A draw without a row of a pair leaves that pair out.
@@ -203,13 +204,15 @@ def test_means_are_unweighted_over_pairs():
     assert "x-x" not in slice_draws(draws[:, :3], pairs[:3], [10] * 3)
     # One pair of few groups takes the interval of every mean that it is in, and one without any is in none.
     short = slice_draws(draws, pairs, [10, 9, 10, 0])
-    assert [len(short[name]) for name in ("", "en-x", "en-fr", "x-en", "en-de", "x-x")] == [1, 1, 1, 2, 2, 2]
+    assert [len(short[name]) for name in ("", "en-x", "eng_Latn-fr", "x-en", "en-de", "x-x")] == [1, 1, 1, 2, 2, 2]
     assert short["en-x"][0] == 15.0
     found = summarise("bleu", slices, 0.95)
     assert found["bleu"] == 18.75 and found["bleu/x-x"] == 5.0 and found["bleu_interval/x-x"] is None
     matrix = make_matrix(found, "bleu", pairs)
-    assert (matrix.sources, matrix.targets) == (["en", "de", "fr"], ["en", "de", "fr"])
-    assert np.array_equal(matrix.values, [[np.nan, 10, 20], [40, np.nan, np.nan], [np.nan, 5, np.nan]], equal_nan=True)
+    assert (matrix.sources, matrix.targets) == (["en", "eng_Latn", "de", "fr"], ["en-GB", "de", "fr"])
+    nothing = np.nan
+    rows = [[nothing, 10, nothing], [nothing, nothing, 20], [40, nothing, nothing], [nothing, 5, nothing]]
+    assert np.array_equal(matrix.values, rows, equal_nan=True)
 
 
 def test_p_value_counts_resamples_on_the_rarer_side():

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from rayrm.evaluation.preferences import BootstrapConfig, Floats
 from rayrm.evaluation.translation.metrics import Score
+from rayrm.languages import is_english
 from rayrm.seeds import seed_of
-from rayrm.sources.parallel import ENGLISH
 
 Ints = NDArray[np.int64]
 LangPair = tuple[str, str]
@@ -30,7 +30,7 @@ class Resampler:
     """
 
     def __init__(self, pairs: Sequence[LangPair], groups: Sequence[str], config: BootstrapConfig, name: str) -> None:
-        self.pairs = sorted(set(pairs), key=lambda p: (p[0] != ENGLISH, p[0], p[1] != ENGLISH, p[1]))
+        self.pairs = sorted(set(pairs), key=lambda pair: [(not is_english(code), code) for code in pair])
         """The language pairs, English first."""
         places = {pair: place for place, pair in enumerate(self.pairs)}
         codes = np.array([places[pair] for pair in pairs])
@@ -87,7 +87,7 @@ def _score(times: Floats, numbers: Floats, score: Score) -> Floats:
 
 def direction_of(pair: LangPair) -> str:
     """`en-x`, `x-en` or `x-x`."""
-    return f"{'en' if pair[0] == ENGLISH else 'x'}-{'en' if pair[1] == ENGLISH else 'x'}"
+    return "-".join("en" if is_english(code) else "x" for code in pair)
 
 
 def slice_draws(draws: Floats, pairs: Sequence[LangPair], num_groups: Sequence[int]) -> dict[str, Floats]:

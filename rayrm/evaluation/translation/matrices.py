@@ -13,7 +13,7 @@ from rayrm.evaluation.sheets import write_sheet
 from rayrm.evaluation.translation.bootstrap import LangPair
 from rayrm.evaluation.translation.measuring import SetResult
 from rayrm.evaluation.translation.policies import MATRICES
-from rayrm.sources.parallel import ENGLISH
+from rayrm.languages import is_english
 
 
 class Matrix(NamedTuple):
@@ -26,7 +26,7 @@ class Matrix(NamedTuple):
 
 def make_matrix(found: dict[str, Any], metric: str, pairs: Sequence[LangPair]) -> Matrix:
     """The matrix of a metric among the metrics of a policy, or of a difference."""
-    sources, targets = (sorted({pair[side] for pair in pairs}, key=lambda c: (c != ENGLISH, c)) for side in (0, 1))
+    sources, targets = (sorted({pair[side] for pair in pairs}, key=lambda c: (not is_english(c), c)) for side in (0, 1))
     values = np.full((len(sources), len(targets)), np.nan)
     for source, target in pairs:
         value = found[f"{metric}/{source}-{target}"]
