@@ -243,6 +243,7 @@ WRONG = {
     "drift": ({"drift": lambda x: 0.026 if x == 0.5 else 1e-5}, {"drift": lambda x: 0.0249}),
     "entropy": ({"entropy": lambda x: 2 if x < 0.5 else 0.19}, {"entropy": lambda x: 2 if x < 0.5 else 0.21}),
     "left_out": ({"left_out_fraction": lambda x: 0.21 if x > 0.9 else 0}, {"left_out_fraction": lambda x: 0.19}),
+    "truncated": ({"truncated/bleurt": lambda x: 0.03}, {"truncated/bleurt": lambda x: 0.03 if x < 0.5 else 0.01}),
     "kl": ({"kl": lambda x: -0.06 if x > 0.9 else 1}, {"kl": lambda x: -0.06 if round(60 * x) % 2 else 0.06}),
 }
 

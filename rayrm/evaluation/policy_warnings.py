@@ -8,6 +8,8 @@ from rayrm.evaluation.policy_run import PolicyRun, main_reward
 
 MAX_LEFT_OUT = 0.2
 """Share of completions that are not learned from above which a run looks wrong."""
+MAX_TRUNCATED = 0.02
+"""Share of completions of which a scorer read the beginning only above which a run looks wrong."""
 MAX_LENGTHENING = 1.5
 """Factor between the lengths at the start and at the end above which, or below whose inverse, it looks wrong."""
 MAX_THINNING = 1 / 3
@@ -29,6 +31,7 @@ def find_warnings(run: PolicyRun) -> dict[str, str]:
         "drift": _drifted(run),
         "entropy": _sharpened(run),
         "left_out": _left_out(run),
+        "truncated": _truncated(run),
         "filters": _filtered(run),
         "kl": _negative_divergence(run),
     }
@@ -91,6 +94,17 @@ def _left_out(run: PolicyRun) -> str | None:
     return (
         f"{series.mean:.1%} of all completions were left out, and {series.end:.1%} at the end: the policy learns from "
         "the others only. See the reasons below."
+    )
+
+
+def _truncated(run: PolicyRun) -> str | None:
+    shares = {name: run.shares(f"truncated/{name}").end or 0.0 for name in run.names("truncated/")}
+    worst = max(shares, key=shares.__getitem__, default=None)
+    if worst is None or shares[worst] <= MAX_TRUNCATED:
+        return None
+    return (
+        f"The scorer '{worst}' read only the beginning of {shares[worst]:.1%} of the completions at the end: what stands "
+        "behind it costs nothing. Raise the scorer's max_length, or lower sampling.max_tokens."
     )
 
 

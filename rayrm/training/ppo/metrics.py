@@ -10,7 +10,7 @@ import numpy as np
 
 from rayrm.training.ppo.experience import RULES, Experience, Sample
 
-COUNTED = ("left_out/", "penalised/")
+COUNTED = ("left_out/", "penalised/", "truncated/")
 UNBROKEN = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
 """A character of Thai, Lao, Burmese, Khmer, kana or Han."""
 
@@ -43,6 +43,8 @@ def describe_samples(samples: Sequence[Sample]) -> dict[str, float]:
     for rule in RULES:
         if num := sum(rule in sample.parts for sample in kept):
             found[f"penalised/{rule}"] = num / len(samples)
+    cut = Counter(name for sample in kept for name in sample.truncated)
+    found |= {f"truncated/{scorer}": num / len(kept) for scorer, num in sorted(cut.items())}
     for scorer in sorted({name for sample in kept for name in sample.parts} - set(RULES)):
         found[f"score/{scorer}"] = _mean([sample.parts[scorer] for sample in kept if scorer in sample.parts])
     gates = [sample.is_open for sample in kept if sample.is_open is not None]
@@ -83,8 +85,8 @@ def _mean(values: Sequence[float] | Sequence[bool]) -> float:
 
 
 def merge_records(records: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over steps; maxima of what ends in `/max`, the last of `lr` and `kl_coefficient`, and what was left out or
-    penalised for a reason counts as 0 in a step that does not name it."""
+    """Means over steps; maxima of what ends in `/max`, the last of `lr` and `kl_coefficient`, and what was left out,
+    penalised or truncated counts as 0 in a step that does not name it."""
     merged = {}
     for name in dict.fromkeys(name for record in records for name in record):
         values = [record[name] for record in records if name in record]
