@@ -1,4 +1,4 @@
-"""Sample candidates for every prompt from a policy, by vLLM."""
+"""Sample candidates for every prompt from a policy, by vLLM; from an encoder-decoder by transformers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from rayrm.config import NOT_IDENTITY, TEMPLATE, Workers
-from rayrm.models.folders import check_model, load_tokenizer, local_model
+from rayrm.errors import ConfigError
+from rayrm.models.folders import check_model, is_encoder_decoder, load_tokenizer, local_model
 from rayrm.models.rendering import Renderer, load_template
-from rayrm.models.vllm import DecodingConfig, Engine, EngineConfig, PromptTokens, check_build
+from rayrm.models.vllm import DecodingConfig, Engine, EngineConfig, check_build
 from rayrm.prompts import anchored_prompt, direct_prompt
 from rayrm.rows import TEXTS, on_kept, set_column
 from rayrm.runs import INPUT
@@ -19,6 +20,8 @@ from rayrm.seeds import seed_of
 if TYPE_CHECKING:
     from ray.data import Dataset
 
+    from rayrm.models.generating import TransformersEngine
+
 READS = ("id", "lang", "prompt", "source", "anchor", "src_lang", "tgt_lang")
 
 
@@ -26,7 +29,7 @@ class SamplingConfig(DecodingConfig):
     """Which policy answers which prompt, and how its answers are drawn."""
 
     model: str = Field(json_schema_extra=INPUT)  # type: ignore[arg-type]
-    """Folder or hub id of a causal language model."""
+    """Folder or hub id of a language model; vLLM runs those without an encoder, transformers those with one."""
     prompt: Literal["as_is", "direct", "anchored"] = "as_is"
     """What the policy reads: the row's prompt, or an instruction made of its source, without or with its English
     anchor. The row's own prompt stays as it is, so that what was sampled with an anchor can be learned without."""
@@ -35,7 +38,7 @@ class SamplingConfig(DecodingConfig):
     seed: int = 0
     """Seed of all draws; a row's draws hang on its id and language alone."""
     engine: EngineConfig = EngineConfig()
-    """How vLLM holds and runs the model."""
+    """How the model is held and run; with transformers, `kv_cache_gib` bounds its batches."""
     workers: Workers = Field(default_factory=Workers, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
     """Actors that sample, one engine in each."""
 
@@ -66,12 +69,29 @@ def sample_candidates(prompts: Dataset, config: SamplingConfig) -> Dataset:
 
 
 def check_sampling(config: SamplingConfig) -> None:
-    """Check on the driver what would fail in the actors: the model's files and its chat template.
+    """Check on the driver what would fail in the actors: the model's files, its chat template, what transformers can do.
 
     Raises ConfigError or CheckpointError. The build of vLLM is that of the actors' nodes, and is checked there.
     """
     check_model(config.model)
+    if is_encoder_decoder(config.model):
+        from rayrm.models.generating import check_settings
+
+        check_settings(config.engine)
+        if config.stop:
+            raise ConfigError(f"stop is {config.stop}, and texts of an encoder-decoder end at end tokens alone.")
     load_template(config.chat_template, load_tokenizer(config.model, config.engine.trust_remote_code), config.model)
+
+
+def load_engine(config: SamplingConfig, with_logprobs: bool = False) -> Engine | TransformersEngine:
+    """What draws from the policy; `draw` of vLLM's needs `with_logprobs`. Raises as `CandidateSampler` does."""
+    model, num_threads = local_model(config.model), max(1, int(config.workers.num_cpus))
+    if is_encoder_decoder(model):
+        from rayrm.models.generating import TransformersEngine
+
+        return TransformersEngine(model, config.engine, num_threads)
+    check_build(config.workers.num_gpus)
+    return Engine(model, config.engine, num_threads, with_logprobs)
 
 
 class CandidateSampler:
@@ -80,8 +100,7 @@ class CandidateSampler:
 
     def __init__(self, config: SamplingConfig) -> None:
         self.config = config
-        check_build(config.workers.num_gpus)
-        self.engine = Engine(local_model(config.model), config.engine, max(1, int(config.workers.num_cpus)))
+        self.engine = load_engine(config)
         tokenizer = load_tokenizer(config.model, config.engine.trust_remote_code)
         self.renderer = Renderer(tokenizer, load_template(config.chat_template, tokenizer, config.model))
 
@@ -91,7 +110,7 @@ class CandidateSampler:
 
     def _sample(self, table: pa.Table) -> pa.Table:
         rows = table.select(READS).to_pylist()
-        found = [prompt_ids(row, self.renderer, self.config, self.engine.max_model_len) for row in rows]
+        found = [prompt_ids(row, self.renderer, self.config, self.engine) for row in rows]
         todo = [(i, ids) for i, (ids, _) in enumerate(found) if ids is not None]
         seeds = [seed_of(self.config.seed, rows[i]["id"], rows[i]["lang"]) for i, _ in todo]
         completions = self.engine.generate([ids for _, ids in todo], seeds, self.config)
@@ -107,15 +126,11 @@ class CandidateSampler:
         table = set_column(table, "_kept", pa.array([ids is not None for ids, _ in found], pa.bool_()))
         return set_column(table, "_dropped", pa.array(dropped, TEXTS))
 
-    def prompt_tokens(self) -> PromptTokens:
-        """Prompt tokens that the engine computed and shared so far."""
-        return self.engine.prompt_tokens()
-
 
 def prompt_ids(
-    row: dict[str, Any], renderer: Renderer, config: SamplingConfig, max_model_len: int
+    row: dict[str, Any], renderer: Renderer, config: SamplingConfig, engine: Engine | TransformersEngine
 ) -> tuple[list[int] | None, str | None]:
-    """What the policy continues for a row; or None and the reason why the row is dropped."""
+    """What the policy continues, or its encoder reads, for a row; or None and the reason why the row is dropped."""
     messages = row["prompt"]
     if config.prompt != "as_is":
         if not (row["source"] and row["src_lang"] and row["tgt_lang"]):
@@ -127,9 +142,10 @@ def prompt_ids(
         else:
             text = anchored_prompt(row["source"], row["anchor"], row["src_lang"], row["tgt_lang"])
         messages = [{"role": "user", "content": text}]
-    ids = renderer.prompt_ids(messages)
+    is_encoder = engine.is_encoder_decoder
+    ids = renderer.encoder_ids(messages) if is_encoder else renderer.prompt_ids(messages)
     if not ids:
         return None, "empty_prompt"
-    if len(ids) + max(1, config.min_tokens) > max_model_len:
+    if len(ids) + (1 if is_encoder else max(1, config.min_tokens)) > engine.max_model_len:
         return None, "overlength"
     return ids, None

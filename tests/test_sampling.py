@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
+import torch
 
 from jobs import sample_candidates
 from rayrm.config import build_config
@@ -67,9 +69,9 @@ def sampler(policy, ray_cluster):
     class Probe(CandidateSampler):
         def sample(self, table, changes):
             self.config = config.model_copy(update=changes)
-            before = self.prompt_tokens()
+            before = self.engine.prompt_tokens()
             table = self(table)
-            after = self.prompt_tokens()
+            after = self.engine.prompt_tokens()
             return table, (after.computed - before.computed, after.shared - before.shared)
 
     config = SamplingConfig(model=policy, num_candidates=4, max_tokens=16)
@@ -174,7 +176,8 @@ def test_prompts_are_the_rows_own_or_made_of_its_source(policy):
     row = {**make_rows(1)[0], "source": "a dog", "anchor": "the dog", "src_lang": "fr"}
 
     def text(prompt, row=row, limit=1000, **fields):
-        ids, reason = prompt_ids(row, renderer, SamplingConfig(model=policy, prompt=prompt, **fields), limit)
+        engine = SimpleNamespace(is_encoder_decoder=False, max_model_len=limit)
+        ids, reason = prompt_ids(row, renderer, SamplingConfig(model=policy, prompt=prompt, **fields), engine)
         return reason if ids is None else tokenizer.decode(ids)
 
     assert text("as_is") == row["prompt"][0]["content"]
@@ -258,3 +261,36 @@ def test_more_than_the_cluster_can_give_is_told_at_once(policy, ray_cluster, tmp
     words = [f"input={tmp_path / 'prompts.jsonl'}", f"output={tmp_path / 'out'}", f"sampling.model={policy}"]
     with pytest.raises(ResourceError, match="Sampling asks for 1 × "):
         sample_candidates.main([*words, "sampling.workers.num_cpus=1000"])
+
+
+def create_seq2seq(policy, path):
+    """A random T5 with the tokenizer of a policy."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    tokenizer = load_tokenizer(policy)
+    torch.manual_seed(0)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "decoder_start_token_id": 0}
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2, "vocab_size": len(tokenizer)}
+    T5ForConditionalGeneration(T5Config(**sizes, **ends)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def test_an_encoder_decoder_is_sampled_by_transformers(policy, tmp_path):
+    from transformers import AutoModelForSeq2SeqLM
+
+    path = str(tmp_path / "t5")
+    create_seq2seq(policy, path)
+    greedy = {"chat_template": "none", "temperature": 0.0, "num_candidates": 1, "max_tokens": 8}
+    config = SamplingConfig(model=path, engine={"max_model_len": 40}, **greedy)
+    check_sampling(config)
+    sampler = CandidateSampler(config)
+    rows = [*make_rows(3), {**make_rows(1, words=100)[0], "id": "long"}]
+    table = sampler(as_table(rows))
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(path), load_tokenizer(path)
+    for row, texts in zip(rows[:3], table["candidates"].to_pylist(), strict=False):
+        ids = tokenizer(row["prompt"][0]["content"], return_tensors="pt")["input_ids"]
+        wanted = model.generate(ids, do_sample=False, max_new_tokens=8)[0]
+        assert texts == [tokenizer.decode(wanted, skip_special_tokens=True)]
+    assert table["_dropped"].to_pylist() == [[], [], [], ["overlength"]]
+    with pytest.raises(ConfigError, match="texts of an encoder-decoder end at end tokens alone"):
+        check_sampling(config.model_copy(update={"stop": ["x"]}))

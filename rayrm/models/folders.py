@@ -98,6 +98,17 @@ def local_model(path: str) -> str:
     return str(folder)
 
 
+def is_encoder_decoder(path: str) -> bool:
+    """Whether the config of the model at `path`, a folder or hub id, says so; not where it has none."""
+    from transformers import PretrainedConfig
+
+    try:
+        config, _ = PretrainedConfig.get_config_dict(local_model(path))
+    except OSError:
+        return False
+    return bool(config.get("is_encoder_decoder"))
+
+
 def local_folder(path: str) -> str:
     """`local_model`, and for a hub id the folder of the hub's cache with its files, which are fetched once a machine.
 

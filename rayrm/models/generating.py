@@ -7,6 +7,7 @@ run beside it; only rounding does, as everywhere in batches.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from rayrm.batching import token_batches
 from rayrm.errors import CheckpointError, ConfigError
 from rayrm.models.completing import DecoderRows, EncoderDecoderRows, complete, decoder_start, uniform_numbers
 from rayrm.models.folders import load_tokenizer, local_folder
-from rayrm.models.vllm import GIB, Drawn, check_room
+from rayrm.models.vllm import GIB, Completion, Drawn, check_room, max_positions
 
 if TYPE_CHECKING:
     from rayrm.models.vllm import DecodingConfig, EngineConfig
@@ -41,13 +42,13 @@ class TransformersEngine:
             torch.set_num_threads(num_threads)
         self.network = _load(model, config, self.device)
         self.is_encoder_decoder: bool = self.network.config.is_encoder_decoder
-        self.max_model_len = config.max_model_len or _positions(self.network)
+        positions = max_positions(self.network.config) or NO_LIMIT
+        self.max_model_len = config.max_model_len or positions
         """Most tokens of a prompt with its completion; of each of them for an encoder-decoder."""
-        if self.max_model_len > _positions(self.network):
-            raise ConfigError(
-                f"max_model_len is {self.max_model_len}, and '{model}' holds {_positions(self.network)}; lower it."
-            )
-        self.ends = _end_ids(self.network, load_tokenizer(model, config.trust_remote_code))
+        if self.max_model_len > positions:
+            raise ConfigError(f"max_model_len is {self.max_model_len}, and '{model}' holds {positions}; lower it.")
+        self.tokenizer = load_tokenizer(model, config.trust_remote_code)
+        self.ends = _end_ids(self.network, self.tokenizer)
         self._batch_bytes = _batch_bytes(config, self.device)
 
     def draw(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: DecodingConfig) -> list[list[Drawn]]:
@@ -63,6 +64,14 @@ class TransformersEngine:
             groups = self._draw_batch([prompts[i] for i in batch], [seeds[i] for i in batch], config)
             found |= dict(zip(batch, groups, strict=True))
         return [found[place] for place in range(len(prompts))]
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: DecodingConfig
+    ) -> list[list[Completion]]:
+        """The texts of `draw`."""
+        decode = partial(self.tokenizer.decode, skip_special_tokens=True)
+        drawn = self.draw(prompts, seeds, config)
+        return [[Completion(decode(item.ids), item.is_finished) for item in group] for group in drawn]
 
     def load_weights(self, state: Mapping[str, np.ndarray | torch.Tensor]) -> None:
         """Take all weights of the model from `state`, by the names of its Hugging Face files; tied ones may be absent.
@@ -138,11 +147,6 @@ def _load(path: str, config: EngineConfig, device: str) -> Any:
     if own.is_encoder_decoder:
         decoder_start(network)
     return network.to(device).eval()
-
-
-def _positions(network: Any) -> int:
-    config = network.config.get_text_config(decoder=True)
-    return int(getattr(config, "max_position_embeddings", None) or NO_LIMIT)
 
 
 def _end_ids(network: Any, tokenizer: Any) -> list[int]:

@@ -171,6 +171,10 @@ class Renderer:
         """Token ids that a policy continues."""
         return self.encode(self.prompt_text(prompt))
 
+    def encoder_ids(self, prompt: Sequence[Message]) -> list[int]:
+        """Token ids that the encoder of a policy reads, with those that its tokenizer adds."""
+        return list(self.tokenizer(self.prompt_text(prompt))["input_ids"])
+
     def pair_ids(self, prompt: Sequence[Message], completion: str) -> Rendered:
         """Token ids of a prompt with a completion, within `max_length`.
 

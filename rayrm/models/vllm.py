@@ -113,6 +113,8 @@ class Engine:
     CheckpointError when vLLM cannot load the model.
     """
 
+    is_encoder_decoder = False
+
     def __init__(self, model: str, config: EngineConfig, num_threads: int = 1, with_logprobs: bool = False) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -228,6 +230,11 @@ def _sampling_params(config: DecodingConfig, seed: int, **more: Any) -> Any:
         seed=seed,
         **more,
     )
+
+
+def max_positions(config: Any) -> int | None:
+    """Most tokens that the decoder of a model with this `config` holds; None where there is no limit."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def check_room(prompts: Sequence[Sequence[int]], max_model_len: int) -> None:

@@ -39,7 +39,7 @@ def find_temperature(measure: Callable[[float], float], wanted: float, start: fl
             raise EvaluationError(
                 f"{what} has an entropy of {entropy:.3f} nats a token at temperature {far:g}, the "
                 f"{'highest' if grows else 'lowest'} that is tried, and {wanted:.3f} are wanted; set entropy_of to a "
-                f"policy that is {'more' if grows else 'less'} decided, or leave it out."
+                f"policy that is {'more' if grows else 'less'} decided, or leave it out, into another output."
             )
         near, far = far, min(far * factor, last) if grows else max(far * factor, last)
         entropy = measure(far)
@@ -90,19 +90,15 @@ class EntropyMeter:
     """A policy with its prompts. Raises as `CandidateSampler` does; rows that it drops count nowhere."""
 
     def __init__(self, policy: Policy, rows: list[dict[str, Any]]) -> None:
-        from rayrm.models.folders import load_tokenizer, local_model
+        from rayrm.models.folders import load_tokenizer
         from rayrm.models.rendering import Renderer, load_template
-        from rayrm.models.vllm import Engine, check_build
-        from rayrm.sampling import prompt_ids
+        from rayrm.sampling import load_engine, prompt_ids
 
-        check_build(policy.workers.num_gpus)
         self.policy = policy
-        self.engine = Engine(
-            local_model(policy.model), policy.engine, max(1, int(policy.workers.num_cpus)), with_logprobs=True
-        )
+        self.engine = load_engine(policy, with_logprobs=True)
         tokenizer = load_tokenizer(policy.model, policy.engine.trust_remote_code)
         renderer = Renderer(tokenizer, load_template(policy.chat_template, tokenizer, policy.model))
-        found = [prompt_ids(row, renderer, policy, self.engine.max_model_len)[0] for row in rows]
+        found = [prompt_ids(row, renderer, policy, self.engine)[0] for row in rows]
         self.prompts = [ids for ids in found if ids is not None]
         self.seeds = [seed_of(policy.seed, str(index)) for index in range(len(self.prompts))]
 
