@@ -21,7 +21,13 @@ from rayrm.models.completing import decoder_start
 from rayrm.training.batches import micro_batches
 from rayrm.training.ppo.engine import OWN_LR
 from rayrm.training.ppo.experience import Experience, Sample, equal_rewards_fraction, pad
-from rayrm.training.ppo.losses import clipped_policy_loss, clipped_value_loss, estimate_kl, token_weights
+from rayrm.training.ppo.losses import (
+    clipped_policy_loss,
+    clipped_value_loss,
+    estimate_kl,
+    importance_ratio,
+    token_weights,
+)
 from rayrm.training.ppo.network import ActorCritic, Judged, Reference, Snapshot, packed_batch, padded_batch
 from rayrm.training.ppo.settings import PPO, CriticFree, RewardedTraining
 
@@ -68,21 +74,22 @@ class Learner:
 
     def passes(self, samples: Sequence[Sample], rows: Sequence[int]) -> list[tuple[list[int], bool]]:
         """The rows of each forward pass of this worker, and whether they only keep the other workers company."""
-        groups = self._groups(samples, rows)
+        most = self.micro_batch_size
+        whole = self._groups(samples, rows)
+        groups = [group[first : first + most] for group in whole for first in range(0, len(group), most)]
         lengths = [max(len(samples[row].prompt_ids) + len(samples[row].ids) for row in group) for group in groups]
-        size = max(1, self.micro_batch_size // max(map(len, groups)))
+        size = max(1, most // max(map(len, groups)))
         shares = micro_batches(range(len(groups)), lengths, size, self.rank, self.world)
         return [([row for n in share for row in groups[n]], False) if share else ([rows[0]], True) for share in shares]
 
     def _groups(self, samples: Sequence[Sample], rows: Sequence[int]) -> list[list[int]]:
-        """The rows that go through the network together: each alone, or those of a prompt where they share it."""
+        """The rows that belong together: each alone, or those of a prompt where they share it."""
         if not self.training.shared_prefix:
             return [[row] for row in rows]
         groups: dict[int, list[int]] = {}
         for row in rows:
             groups.setdefault(samples[row].row, []).append(row)
-        size = self.micro_batch_size
-        return [group[first : first + size] for group in groups.values() for first in range(0, len(group), size)]
+        return list(groups.values())
 
     @torch.no_grad()
     def judge(self, samples: Sequence[Sample], weights: AbstractContextManager[Any] | None = None) -> Tensor:
@@ -116,6 +123,8 @@ class Learner:
         device = self.engine.device
         mask = pad([[1.0] * len(sample.ids) for sample in samples]).to(device)
         rewards = pad([sample.token_rewards for sample in samples]).to(device)
+        wanted = torch.tensor([sample.reward for sample in samples]).to(device)
+        assert torch.allclose((rewards * mask).sum(1), wanted, rtol=1e-4, atol=1e-4), "completions lose rewards"
         return Experience(samples, mask, rewards, drawn[0], ref, now[2], drawn[1])
 
     def learn(
@@ -211,7 +220,9 @@ class Learner:
         if judged.entropy is not None:
             loss = loss - training.entropy_coefficient * judged.entropy
         if coefficient and training.kl.part_of == "loss":
-            loss = loss + coefficient * estimate_kl(judged.logprobs, ref, training.kl.estimator)
+            # Of tokens as the policy of now would draw them.
+            ratio = importance_ratio(judged.logprobs.detach(), old)
+            loss = loss + coefficient * ratio * estimate_kl(judged.logprobs, ref, training.kl.estimator)
         if isinstance(training, PPO):
             assert judged.values is not None and targets[1] is not None
             value_loss, value_clipped = clipped_value_loss(

@@ -16,12 +16,17 @@ MOST_LOG_RATIO = 20.0
 """Log-ratios count up to this one, of either sign, so that none becomes infinite."""
 
 
+def importance_ratio(logprobs: Tensor, old: Tensor) -> Tensor:
+    """ρ = exp(logprobs − old), the probability of each token now over that when it was drawn; of the shape given."""
+    return _bounded(logprobs - old).exp()
+
+
 def clipped_policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     """PPO's loss (arXiv 1707.06347) and, 0 or 1, whether the clip took the gradient away; each of the shape given.
 
-    −min(ρ·A, clip(ρ, 1−ε, 1+ε)·A) with ρ = exp(logprobs − old), the probability now over that when it was drawn.
+    −min(ρ·A, clip(ρ, 1−ε, 1+ε)·A) with ρ the `importance_ratio`.
     """
-    ratio = _bounded(logprobs - old).exp()
+    ratio = importance_ratio(logprobs, old)
     free = -advantages * ratio
     bound = -advantages * ratio.clamp(1 - clip, 1 + clip)
     return torch.maximum(free, bound), (bound > free).to(logprobs.dtype)
