@@ -2,6 +2,7 @@
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -370,8 +371,8 @@ def test_weights_of_former_steps_do_not_stay_in_the_object_store(policy, ray_clu
 
 
 class Stub:
-    """An actor that is late for as long as `<model>/late` is there, dies of a request named poison, and draws the
-    number of its process."""
+    """An actor that is late for as long as `<model>/late` is there, dies of a request named poison, never answers one
+    named endless, and draws the number of its process."""
 
     def __init__(self, model, config):
         while Path(model, "late").exists():
@@ -380,6 +381,10 @@ class Stub:
     def draw(self, requests, decoding, version, state):
         if any(request.id == "poison" for request in requests):
             os._exit(1)
+        while any(request.id == "endless" for request in requests):
+            time.sleep(0.05)
+        if any(request.id == "stale" for request in requests):
+            version += 1
         return version, [[Drawn([os.getpid()], [0.0], True)] for _ in requests]
 
 
@@ -424,6 +429,24 @@ def test_nobody_waits_for_an_actor_that_starts_and_deaths_are_forgiven_with_prog
             list(pool.draw([*requests, Request("poison", [9], 0)]))
     finally:
         pool.close()
+
+
+@pytest.mark.ray
+def test_who_waits_for_a_draw_is_let_go_when_the_pool_closes(tmp_path, ray_cluster, monkeypatch):
+    from ray.exceptions import RayActorError
+
+    monkeypatch.setattr(rollouts, "RolloutActor", Stub)
+    pool = make_pool(str(tmp_path), max_failures=5, workers={"num_workers": 1})
+    with pytest.raises(RayRMError, match="drew with the weights of step 1, where those of step 0 were pushed"):
+        list(pool.draw([Request("stale", [9], 0)]))
+    with ThreadPoolExecutor() as thread:
+        waiting = thread.submit(lambda: list(pool.draw([Request("endless", [9], 0)])))
+        with pytest.raises(TimeoutError):
+            waiting.result(2)
+        pool.close()
+        with pytest.raises(RayActorError):
+            waiting.result(60)
+    assert len(pool._actors) == 1
 
 
 def test_an_engine_holds_no_more_tokens_than_training_needs(policy, seq2seq):

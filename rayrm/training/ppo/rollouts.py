@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from rayrm import cluster
 from rayrm.config import NOT_IDENTITY, Config, Workers, find_told
 from rayrm.errors import ConfigError, RayRMError
-from rayrm.models.vllm import DecodingConfig, Drawn, Engine, EngineConfig, check_build
+from rayrm.models.vllm import DecodingConfig, Drawn, Engine, EngineConfig, check_build, max_positions
 
 if TYPE_CHECKING:
     import torch
@@ -106,6 +105,7 @@ class RolloutPool:
         """The number of the weights that each was sent last."""
         self._starting: dict[Any, Any] = {}
         """Actors that are not there yet, by what Ray answers with once they are."""
+        self._is_closed = False
 
     def push(self, state: Mapping[str, torch.Tensor], version: int) -> None:
         """Hand over all weights of the policy, by the names of its Hugging Face files; tied ones may be absent.
@@ -127,12 +127,12 @@ class RolloutPool:
         return self._draw(list(requests), self._weights)
 
     def close(self) -> None:
-        """End all actors."""
+        """End all actors; a draw that is under way ends with an error of Ray's."""
         import ray
 
-        for actor in self._actors:
+        self._is_closed = True
+        for actor in list(self._actors):
             ray.kill(actor)
-        self._actors, self._starting = {}, {}
 
     def _draw(self, requests: list[Request], weights: Weights) -> Iterator[Chunk]:
         import ray
@@ -157,6 +157,10 @@ class RolloutPool:
             free.append(actor)
             if chunk:
                 version, drawn = answer
+                if version != weights.version:
+                    raise RayRMError(
+                        f"A rollout actor drew with the weights of step {version}, where those of step {weights.version} were pushed."
+                    )
                 yield chunk, drawn, version
         self.num_failures = 0
 
@@ -177,7 +181,7 @@ class RolloutPool:
             told = find_told(error)
             if told is not None:
                 raise told from None
-            if not isinstance(error, RayActorError | ObjectLostError | OutOfMemoryError):
+            if self._is_closed or not isinstance(error, RayActorError | ObjectLostError | OutOfMemoryError):
                 raise
             self.num_failures += 1
             reason = str(error).strip().splitlines()[0].rstrip(".")
@@ -190,9 +194,7 @@ class RolloutPool:
             return None
 
     def _start_all(self) -> None:
-        workers = self.config.workers
-        cluster.require(workers.num_workers, workers.num_cpus, workers.num_gpus, "Rollouts")
-        for _ in range(workers.num_workers):
+        for _ in range(self.config.workers.num_workers):
             self._start()
 
     def _start(self) -> None:
@@ -263,8 +265,7 @@ def tokens_needed(config: Any, max_length: int) -> int | None:
     """
     if config.is_encoder_decoder:
         return None
-    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return min(max_length, positions or max_length)
+    return min(max_length, max_positions(config) or max_length)
 
 
 def _pack(tensor: torch.Tensor) -> tuple[Any, torch.dtype, torch.Size]:

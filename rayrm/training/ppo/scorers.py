@@ -51,6 +51,7 @@ class ScorerPool:
         self.failures_left = max_failures
         """Deaths that are got over before the next answer."""
         self.actors: dict[str, list[Any]] = {}
+        self.is_closed = False
         self.busy_s = 0.0
         self.revisions: dict[str, str | None] = {}
         """What the services among them must run, by the scorer's name, once `pin` has been called."""
@@ -95,7 +96,7 @@ class ScorerPool:
                 except RayError as error:
                     if told := find_told(error):
                         raise told from None
-                    if not isinstance(error, RayActorError | ObjectLostError | OutOfMemoryError):
+                    if self.is_closed or not isinstance(error, RayActorError | ObjectLostError | OutOfMemoryError):
                         raise
                     share = self._replace(ticket, share)
         self.failures_left = self.max_failures
@@ -110,12 +111,12 @@ class ScorerPool:
         return busy / max(1, sum(map(len, self.actors.values())))
 
     def close(self) -> None:
-        """End all actors."""
+        """End all actors; who waits for their answers gets an error of Ray's."""
         import ray
 
+        self.is_closed = True
         for actor in (actor for actors in self.actors.values() for actor in actors):
             ray.kill(actor)
-        self.actors = {}
 
     def _replace(self, ticket: Ticket, share: Share) -> Share:
         """The rows, asked once more of a new actor; of one that another ticket has started already, where there is."""
@@ -181,7 +182,11 @@ def check_rewarded(training: PolicyGradient, rows: str, workers: TrainingWorkers
     for what, kind in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
         total = sum(group.num_workers * getattr(group, kind) for group in groups)
         cluster.require_total(total, what, "Learner, samplers and scorers together")
+    sampling = training.rollouts.workers
+    cluster.require(sampling.num_workers, sampling.num_cpus, sampling.num_gpus, "Rollouts")
     for config in training.scorers:
+        own = config.workers
+        cluster.require(own.num_workers, own.num_cpus, own.num_gpus, f"The scorer '{config.name}'")
         check_scoring(rows, config)
         made_of = CustomClass(config.scorer).make if isinstance(config, CustomScoring) else SCORERS[config.type]
         if (config.name, "spans") in asked and not hasattr(made_of, "spans"):
