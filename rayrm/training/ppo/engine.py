@@ -14,6 +14,7 @@ from rayrm.errors import ConfigError, SchemaError
 from rayrm.models.folders import load_tokenizer, local_model
 from rayrm.models.packing import make_packable
 from rayrm.models.rendering import Renderer
+from rayrm.models.vllm import max_positions
 from rayrm.rows import Prompt
 from rayrm.scoring import READS
 from rayrm.scoring.custom import CustomClass, CustomScoring
@@ -117,13 +118,16 @@ def read_prompts(job: RewardedJob, renderer: Renderer) -> tuple[list[PromptRow],
     """The rows to train on, those held out (at most `eval_rows`), and how many there are and were dropped by reason.
 
     Dropped are a prompt without a token, as `empty_prompt`, and as `overlength` one that leaves no room for `max_tokens`
-    within `max_length`; an encoder has all of `max_length` for the prompt. Raises SchemaError when none is left, or two
+    within `max_length` and what the sampler holds; an encoder has all of that for the prompt. Raises SchemaError when none is left, or two
     rows have the same id and language.
     """
     training = job.training
     seen: set[tuple[str, str]] = set()
-    is_encoder = AutoConfig.from_pretrained(local_model(training.model)).is_encoder_decoder
-    room = training.max_length - (0 if is_encoder else training.sampling.max_tokens)
+    config = AutoConfig.from_pretrained(local_model(training.model))
+    is_encoder, max_tokens = config.is_encoder_decoder, training.sampling.max_tokens
+    room = training.max_length - (0 if is_encoder else max_tokens)
+    if held := training.rollouts.settings.max_model_len or max_positions(config):
+        room = min(room, held - (1 if is_encoder else max_tokens))
     read = {*READS, "id", "tools"}
     for config in training.scorers:
         if isinstance(config, CustomScoring):
@@ -137,10 +141,7 @@ def read_prompts(job: RewardedJob, renderer: Renderer) -> tuple[list[PromptRow],
                 raise SchemaError(f"'{job.input}' has two rows with the id '{key[0]}' and the language '{key[1]}'.")
             seen.add(key)
             own = renderer.with_tools(values.get("tools"))
-            if is_encoder:
-                ids = list(renderer.tokenizer(own.prompt_text(prompt))["input_ids"])
-            else:
-                ids = own.prompt_ids(prompt)
+            ids = own.encoder_ids(prompt) if is_encoder else own.prompt_ids(prompt)
             has_text = any((turn["content"] or "").strip() for turn in prompt)
             fault = "empty_prompt" if not (ids and has_text) else "overlength" if len(ids) > room else None
             if fault is not None:
