@@ -67,7 +67,8 @@ class Collector:
 
     def __init__(self, training: RewardedTraining, tokenizer: Any, rollouts: RolloutPool, scorers: ScorerPool) -> None:
         self.training = training
-        num = training.global_batch_size * training.sampling.num_candidates
+        # Two steps, so that one which is lost is no end yet.
+        num = 2 * training.global_batch_size * training.sampling.num_candidates
         self.faults = Faults(training.max_unscored_fraction, num)
         self.composition = with_constants(training.rewarding)
         self.tokenizer = tokenizer
@@ -76,8 +77,15 @@ class Collector:
         self.special = set(tokenizer.all_special_ids)
 
     def collect_step(self, rows: Sequence[tuple[int, PromptRow]], visit: str) -> Collected:
-        """As `collect`, for a step of training. Raises RayRMError as `Faults.take` does."""
+        """As `collect`, for a step of training: without critic, what has nothing to be compared with is left out.
+
+        Raises RayRMError as `Faults.take` does.
+        """
         collected = self.collect(rows, visit)
+        lone = lone_samples(collected.samples) if isinstance(self.training, CriticFree) else ()
+        for sample in collected.samples:
+            if sample.id in lone:
+                sample.fault = "alone"
         self.faults.take(collected.samples)
         return collected
 
@@ -107,11 +115,6 @@ class Collector:
             self._reward(samples, tickets)
         found = [sample for samples, _ in waiting for sample in samples]
         found.sort(key=lambda sample: (place_of[sample.id.rpartition("/")[0]], int(sample.id.rpartition("/")[2])))
-        if isinstance(self.training, CriticFree):
-            lone = lone_samples(found)
-            for sample in found:
-                if sample.id in lone:
-                    sample.fault = "alone"
         seconds = {"draw": drawn_s, "score": time.monotonic() - began - drawn_s, "scorers": self.scorers.take_busy()}
         return Collected(found, seconds)
 
@@ -122,7 +125,8 @@ class Collector:
         own = (drawn.ids, drawn.logprobs, drawn.is_finished, text)
         sample = Sample(f"{name}/{number}", index, lang, last_turn, row.prompt_ids, *own)
         num_tokens = sum(token not in self.special for token in drawn.ids)
-        held = (num_tokens < self.training.min_length, not drawn.is_finished)
+        # Nobody can score white space.
+        held = (num_tokens < self.training.min_length or not text.strip(), not drawn.is_finished)
         for holds, what in zip(held, RULES, strict=True):
             rule: LengthRule = getattr(self.training, what)
             if not holds or rule.then == "keep":
@@ -171,6 +175,7 @@ class Collector:
             # Scorers read the text without the white space around it.
             ends = [min(max(end - lead, 0), len(text)) for end in ends]
             sample.reward, sample.is_open = composed.total, composed.is_open
+            sample.truncated = sorted({name for (name, _), units in found[sample.id].items() if _is_cut(units)})
             sample.parts = {name: value for name, value in composed.parts.items() if value is not None}
             sample.token_rewards = place(composed.points, ends).tolist()
 
@@ -195,6 +200,11 @@ def _pieces(sample: Sample, unit: UnitKind) -> list[str]:
 def _units_of(text: str, unit: UnitKind) -> list[tuple[int, int]]:
     """What a scorer is shown of a text; one that marks spans sees it whole."""
     return asked_units(text, "text" if unit == "spans" else unit)
+
+
+def _is_cut(units: list[Unit] | None) -> bool:
+    """Whether the scorer read a part of the text only."""
+    return any(unit.status == "truncated" for unit in units or ())
 
 
 def _found_units(text: str, unit: UnitKind, answer: Any) -> list[Unit] | None:

@@ -42,9 +42,8 @@ def train_loop(given: dict[str, Any]) -> dict[str, Any]:
     """Train from the last state to the end, save the model, and return its facts."""
     job = RewardedJob.model_validate({name: getattr(given["job"], name) for name in RewardedJob.model_fields})
     prepare_worker(job.workers.num_cpus, job.workers.num_gpus > 0)
-    samples = job.training.global_batch_size * job.training.sampling.num_candidates
     micro_batch = fitting_micro_batch(job.output, job.training.micro_batch_size)
-    with halved_when_out_of_memory(job.output, micro_batch, samples):
+    with halved_when_out_of_memory(job.output, micro_batch, rows_per_worker=None):
         trainer = RewardedTrainer(job, given["template"], micro_batch)
         try:
             with last_state(job.workers.num_workers) as state:
@@ -218,7 +217,8 @@ class RewardedTrainer:
         found = describe_experience(experience, told, self.learner.reference is not None)
         found |= self.learner.learn(experience, advantages, returns, self.step, self.coefficient)
         found |= {"lr": lr, "drift/limit": self.job.max_drift}
-        if "kl" in found:
+        # While values warm up the policy is its reference.
+        if "kl" in found and self.step >= self.learner.warmup_steps:
             self.coefficient = self.training.kl.adapt(self.coefficient, found["kl"], len(experience.samples))
         return found
 
@@ -254,7 +254,7 @@ class RewardedTrainer:
             self.learner.engine.save_checkpoint(folder, tag=ENGINE)
             if self.rank == 0:
                 progress = {"step": self.step, "coefficient": self.coefficient, "served": self.served}
-                progress |= {"history": self.history, "since": self.since}
+                progress |= {"history": self.history, "since": self.since, "faults": list(self.collector.faults.last)}
                 (Path(folder) / PROGRESS).write_text(json.dumps(progress))
                 (Path(folder) / WORLD).write_text(json.dumps({"num_workers": dist.get_world_size()}))
                 if self.collected is not None:
@@ -270,6 +270,7 @@ class RewardedTrainer:
             raise CheckpointError(f"The state of step {progress['step']} in '{folder}' is incomplete; remove it.")
         self.step, self.coefficient = progress["step"], progress["coefficient"]
         self.history, self.since, self.served = progress["history"], progress["since"], progress["served"]
+        self.collector.faults.last.extend(progress["faults"])
         if (Path(folder) / AHEAD).exists():
             # A run's own file, which holds lists of samples beside tensors.
             self.collected, self.experience = torch.load(
@@ -293,7 +294,7 @@ class RewardedTrainer:
         }
 
     def close(self) -> None:
-        """End the samplers and the scorers."""
-        self.thread.shutdown(cancel_futures=True)
+        """End the samplers and the scorers, and with them what they are at."""
         self.rollouts.close()
         self.scorers.close()
+        self.thread.shutdown(cancel_futures=True)

@@ -82,8 +82,8 @@ class PolicyGradient(Training):
     eval_rows: int = Field(256, ge=1)
     """Most held-out rows that an evaluation draws completions for."""
     max_unscored_fraction: float = Field(0.5, ge=0, le=1)
-    """Share of the last completions without a reward above which the run ends; they are those of a step, and 64 at the
-    least."""
+    """Share of the last completions without a reward above which the run ends; they are those of two steps, and 64 at
+    the least."""
     max_drift: float | None = Field(None, gt=0)
     """Mean difference in nats between the sampler's and the learner's log-probabilities of the drawn tokens above which
     the run ends; null for 0.001 where both compute in fp32, of which some 1e-5 are usual, else 0.05, where some 0.01
@@ -94,6 +94,10 @@ class PolicyGradient(Training):
         names = [scorer.name for scorer in self.scorers]
         if len(set(names)) < len(names):
             raise ValueError(f"scorers are named {', '.join(names)}; give each a name of its own")
+        if grown := [scorer.name for scorer in self.scorers if scorer.workers.max_workers is not None]:
+            raise ValueError(
+                f"max_workers is set for {', '.join(grown)}, and scorers have a fixed number; set num_workers"
+            )
         used = {part.scorer for part in self.rewarding.parts}
         if unused := sorted(set(names) - used):
             raise ValueError(f"the scorers {', '.join(unused)} are no part of rewarding; remove them, or use them")
