@@ -2,7 +2,7 @@
 
 One run, one model, the same prompts and batch throughout. transformers.generate has a KV cache, takes the whole batch at
 once and stops when every row has ended. Whole steps are real ones: samplers and a reward model in Ray actors, a DeepSpeed
-learner in this process; the first step of each way is left out.
+learner in this process; the first step and the last one of each way are left out.
 Usage: `python benchmarks/ppo.py [num_prompts=…] [num_steps=…] …`
 """
 
@@ -52,7 +52,7 @@ class PPOBenchmark(Config):
     """Completions of each prompt."""
     max_tokens: int = Field(48, ge=1)
     """Tokens at which a completion is cut; most end before."""
-    num_steps: int = Field(5, ge=2)
+    num_steps: int = Field(6, ge=3)
     """Steps of each way."""
     repeats: int = Field(3, ge=1)
     """Draws of either sampler."""
@@ -155,7 +155,7 @@ def main() -> None:
         }
         ours = statistics.median(record["step_s"] for record in steps["vLLM"])
         for name, records in steps.items():
-            print(describe(name, records, ours))
+            print(describe(name, records, ours, config.num_prompts * config.num_candidates))
         dist.destroy_process_group()
 
 
@@ -189,7 +189,7 @@ def compare_samplers(config: PPOBenchmark, model: str) -> None:
 
 
 def run_steps(config: PPOBenchmark, folder: str, pool: Callable[..., Any], **training: Any) -> list[dict[str, float]]:
-    """The records of real steps, all but the first."""
+    """The records of real steps: all but the first, where actors start, and the last, beside which nothing is drawn."""
     vars(loop)["RolloutPool"] = pool
     with tempfile.TemporaryDirectory() as output:
         values = {
@@ -223,10 +223,10 @@ def run_steps(config: PPOBenchmark, folder: str, pool: Callable[..., Any], **tra
             trainer.train(show_progress=False)
         finally:
             trainer.close()
-        return trainer.history[1:]
+        return trainer.history[1:-1]
 
 
-def describe(name: str, records: list[dict[str, float]], ours: float) -> str:
+def describe(name: str, records: list[dict[str, float]], ours: float, num_drawn: int) -> str:
     """One line: a step's time against that of vLLM, its parts, and what share of it each role waits."""
 
     def median(key: str) -> float:
@@ -236,7 +236,7 @@ def describe(name: str, records: list[dict[str, float]], ours: float) -> str:
     parts = ", ".join(
         f"{part} {median(f'seconds/{part}'):.2f}" for part in ("draw", "score", "prepare", "learn", "push")
     )
-    samples = median("num_samples") / step
+    samples = num_drawn / step
     tokens = samples * median("completion_length")
     idle = {"sampler": 1 - median("seconds/draw") / step, "scorer": 1 - median("seconds/scorers") / step}
     waits = f"learner waits {median('seconds/wait') / step:.0%}, " + ", ".join(
