@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from sacrebleu.metrics import BLEU, CHRF
 
 from jobs import evaluate_translation, prepare_prompts
@@ -22,12 +23,16 @@ from jobs.evaluate_translation import EvaluateTranslation
 from rayrm import cluster, files
 from rayrm.config import build_config
 from rayrm.errors import CheckpointError, ConfigError, EvaluationError, OutputExistsError, SchemaError
-from rayrm.evaluation.translation import comet, policies
+from rayrm.evaluation.translation import comet, entropy, policies
 from rayrm.evaluation.translation.bleurt import TranslationScorer
 from rayrm.evaluation.translation.comet import CometConfig, check_comet, score_comet
+from rayrm.evaluation.translation.entropy import match_temperature
+from rayrm.evaluation.translation.policies import Policy
 from rayrm.evaluation.translation.sets import TranslatedRows, write_rows
 from rayrm.models.bleurt import EncodedPair, score_encoded
 from rayrm.models.creation import CreationConfig, create_model
+from rayrm.models.folders import load_tokenizer
+from rayrm.models.rendering import Renderer
 from rayrm.prompts import direct_prompt
 from rayrm.rows import TEXTS, set_column
 from rayrm.scoring.bleurt import BleurtScorer, BleurtScoring
@@ -240,6 +245,65 @@ def test_two_policies_are_compared_and_nothing_is_done_twice(policy, translated,
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.ray
+def test_a_policy_draws_where_it_is_as_undecided_as_another(policy, ray_cluster, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    from rayrm.models.generating import TransformersEngine
+    from rayrm.models.vllm import DecodingConfig, EngineConfig
+    from rayrm.sampling import prompt_ids
+
+    model, path = AutoModelForCausalLM.from_pretrained(policy), str(tmp_path / "sharp")
+    # Next tokens that are far from equally likely.
+    model.lm_head.weight.data *= 8
+    model.save_pretrained(path)
+    load_tokenizer(policy).save_pretrained(path)
+    rows, _ = rows_of(tmp_path / "rows", sets=[{"type": "flores", "input": make_flores(tmp_path / "flores")}])
+    how = {"model": path, "chat_template": "none", "max_tokens": 24, "engine": {"kv_cache_gib": 0.25}}
+    other = Policy(name="other", temperature=0.5, **how)
+    own = Policy(name="own", temperature=2.0, entropy_of="other", **how)
+    found = match_temperature(own, other, str(tmp_path / "rows"), str(tmp_path / "out"))
+    assert found["temperature"] == pytest.approx(0.5, abs=0.02) and found["entropy"] == pytest.approx(
+        found["wanted"], abs=0.1
+    )
+    # The distributions that are drawn from, the temperature in them: not those of temperature 1.
+    engine, renderer = TransformersEngine(path, EngineConfig(), 1), Renderer(load_tokenizer(path), None)
+    prompts = [prompt_ids(row, renderer, other, engine)[0] for row in rows]
+    drawn = engine.draw(prompts, list(range(24)), DecodingConfig(num_candidates=8, max_tokens=24, temperature=0.5))
+    wanted = -np.mean([logprob for group in drawn for item in group for logprob in item.logprobs])
+    plain = []
+    for ids, item in ((ids, item) for ids, group in zip(prompts, drawn, strict=True) for item in group):
+        logits = engine.network(torch.tensor([[*ids, *item.ids]])).logits[0, len(ids) - 1 : -1].detach()
+        plain += (-logits.log_softmax(-1)[torch.arange(len(item.ids)), item.ids]).tolist()
+    assert found["wanted"] == pytest.approx(wanted, abs=0.15) and abs(np.mean(plain) - wanted) > 0.3
+    monkeypatch.setattr(entropy, "_measure", None)
+    assert match_temperature(own, other, str(tmp_path / "rows"), str(tmp_path / "out")) == found
+
+
+@pytest.mark.ray
+def test_a_matched_temperature_is_that_of_the_draws(policy, translated, ray_cluster, tmp_path, monkeypatch):
+    temperatures = {}
+    sample = policies.sample_candidates
+
+    def watched(prompts, config):
+        temperatures[config.name] = config.temperature
+        return sample(prompts, config)
+
+    monkeypatch.setattr(policies, "sample_candidates", watched)
+    monkeypatch.setattr(entropy, "_measure", lambda policy, rows, use: use(lambda temperature: temperature**2))
+    evaluate_translation.main(
+        [
+            *words(tmp_path, policy, "policies.0.temperature=1.5", "policies.0.entropy_of=second"),
+            *second(policy, "policies.1.temperature=0.8"),
+        ]
+    )
+    assert temperatures == {"first": pytest.approx(0.8, abs=1e-3), "second": 0.8}
+    found = files.read_json(str(tmp_path / "out/run.json"))["temperatures"]
+    assert found == {"first": {"temperature": temperatures["first"], "entropy": pytest.approx(0.64), "wanted": 0.8**2}}
+    assert "0.800, where its entropy is 0.64 nats a token (0.64 wanted)" in (tmp_path / "out/report.html").read_text()
+
+
+@pytest.mark.vllm
+@pytest.mark.ray
 def test_samples_of_a_real_policy_are_measured_one_by_one(policy, bleurt, ray_cluster, tmp_path, monkeypatch):
     sampled = ["num_candidates=2", "temperature=1", "max_tokens=12", "workers.num_cpus=1"]
     more = [f"policies.0.{word}" for word in sampled] + [f"metrics.bleurt.model={bleurt}"]
@@ -406,6 +470,8 @@ RUN_COMET = """
 import os, sys
 import ray
 from rayrm.evaluation.translation.comet import CometConfig, check_comet, score_comet
+from rayrm.evaluation.translation.entropy import match_temperature
+from rayrm.evaluation.translation.policies import Policy
 
 model, wheel, candidates, output = sys.argv[1:]
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
