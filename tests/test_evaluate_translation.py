@@ -302,6 +302,7 @@ def test_a_matched_temperature_is_that_of_the_draws(policy, translated, ray_clus
     assert "0.800, where its entropy is 0.64 nats a token (0.64 wanted)" in (tmp_path / "out/report.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.ray
 def test_samples_of_a_real_policy_are_measured_one_by_one(policy, bleurt, ray_cluster, tmp_path, monkeypatch):
@@ -470,8 +471,6 @@ RUN_COMET = """
 import os, sys
 import ray
 from rayrm.evaluation.translation.comet import CometConfig, check_comet, score_comet
-from rayrm.evaluation.translation.entropy import match_temperature
-from rayrm.evaluation.translation.policies import Policy
 
 model, wheel, candidates, output = sys.argv[1:]
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)

@@ -247,6 +247,17 @@ def test_an_encoder_decoder_draws_from_its_own_distribution(seq2seq):
     assert ids_of(engine.draw(prompts[1:], [2], few)) == ids_of(engine.draw(prompts, [1, 2], few))[1:]
 
 
+def test_a_model_that_forces_its_first_token_is_refused(seq2seq, tmp_path):
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    model = AutoModelForSeq2SeqLM.from_pretrained(seq2seq)
+    model.generation_config.forced_bos_token_id = 3
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(seq2seq).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="forces its first token \\(forced_bos_token_id\\), which nobody draws"):
+        TransformersEngine(str(tmp_path), EngineConfig(), 1)
+
+
 def test_transformers_takes_new_weights_or_says_what_is_wrong(policy, other):
     engine = TransformersEngine(policy, EngineConfig(), 1)
     prompts, seeds = make_prompts(3), [1, 2, 3]

@@ -9,7 +9,7 @@ from rayrm.evaluation.policy_run import PolicyRun, main_reward
 MAX_LEFT_OUT = 0.2
 """Share of completions that are not learned from above which a run looks wrong."""
 MAX_TRUNCATED = 0.02
-"""Share of completions of which a scorer read the beginning only above which a run looks wrong."""
+"""Share of completions that a scorer did not read whole, or whose prompt or reference, above which a run looks wrong."""
 MAX_LENGTHENING = 1.5
 """Factor between the lengths at the start and at the end above which, or below whose inverse, it looks wrong."""
 MAX_THINNING = 1 / 3
@@ -103,8 +103,9 @@ def _truncated(run: PolicyRun) -> str | None:
     if worst is None or shares[worst] <= MAX_TRUNCATED:
         return None
     return (
-        f"The scorer '{worst}' read only the beginning of {shares[worst]:.1%} of the completions at the end: what stands "
-        "behind it costs nothing. Raise the scorer's max_length, or lower sampling.max_tokens."
+        f"The scorer '{worst}' cut {shares[worst]:.1%} of the completions at the end, or their prompts or references, to "
+        "its max_length: what it did not read earns and costs nothing. Raise it, or lower max_length and "
+        "sampling.max_tokens."
     )
 
 

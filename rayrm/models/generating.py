@@ -120,7 +120,7 @@ class TransformersEngine:
 def check_settings(config: EngineConfig) -> None:
     """Raise ConfigError for settings of an engine that act in vLLM alone."""
     if config.tensor_parallel_size > 1 or config.quantization is not None:
-        raise ConfigError("tensor_parallel_size and quantization are vLLM's; leave them out with engine transformers.")
+        raise ConfigError("tensor_parallel_size and quantization are vLLM's; leave them out where transformers draws.")
 
 
 def _load(path: str, config: EngineConfig, device: str) -> Any:
@@ -146,6 +146,8 @@ def _load(path: str, config: EngineConfig, device: str) -> Any:
         )
     if own.is_encoder_decoder:
         decoder_start(network)
+    if getattr(network.generation_config, "forced_bos_token_id", None) is not None:
+        raise ConfigError(f"'{path}' forces its first token (forced_bos_token_id), which nobody draws.")
     return network.to(device).eval()
 
 

@@ -14,13 +14,14 @@ from rayrm import files
 from rayrm.config import NOT_IDENTITY, Config
 from rayrm.errors import SchemaError
 from rayrm.evaluation.translation.metrics import check_tokenizers
-from rayrm.languages import LANGUAGES, is_english
+from rayrm.languages import LANGUAGES
 from rayrm.rows import Prompt, RowType, with_hidden
 from rayrm.runs import INPUT, commit_shard, finish_run, shard_path, start_run
 from rayrm.seeds import seed_of
 from rayrm.shards import read_table
 from rayrm.sources.flores import Sentence, find_languages, make_directions, read_flores
 from rayrm.sources.parallel import (
+    ENGLISH,
     ParallelColumns,
     ParallelConfig,
     Selection,
@@ -183,10 +184,9 @@ def _align(texts: Iterable[Text]) -> list[Sentence]:
     found: defaultdict[str, dict[str, str]] = defaultdict(dict)
     for text in texts:
         sides = {text.other_lang: text.other, text.lang: text.source}
-        english = next((side for lang, side in sides.items() if is_english(lang)), None)
-        if english is not None:
-            for lang, side in sorted(sides.items(), key=lambda item: not is_english(item[0])):
-                found[english].setdefault(lang, side)
+        if ENGLISH in sides:
+            for lang, side in sorted(sides.items(), key=lambda item: item[0] != ENGLISH):
+                found[sides[ENGLISH]].setdefault(lang, side)
     keys = {english: files.digest(english) for english in found}
     return [Sentence(keys[english], keys[english], own) for english, own in found.items()]
 

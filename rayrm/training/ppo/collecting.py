@@ -203,7 +203,7 @@ def _units_of(text: str, unit: UnitKind) -> list[tuple[int, int]]:
 
 
 def _is_cut(units: list[Unit] | None) -> bool:
-    """Whether the scorer read a part of the text only."""
+    """Whether the scorer did not read all that it was shown."""
     return any(unit.status == "truncated" for unit in units or ())
 
 

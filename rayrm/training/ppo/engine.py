@@ -108,9 +108,7 @@ def load_network(training: RewardedTraining, dtype: torch.dtype, has_dropout: bo
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = kind.from_pretrained(path, config=config, dtype=dtype, attn_implementation=training.attn_implementation)
     if getattr(model.generation_config, "forced_bos_token_id", None) is not None:
-        raise ConfigError(
-            f"'{training.model}' forces its first token (forced_bos_token_id), and it cannot be learned from."
-        )
+        raise ConfigError(f"'{training.model}' forces its first token (forced_bos_token_id), which nobody draws.")
     return model
 
 
@@ -123,10 +121,10 @@ def read_prompts(job: RewardedJob, renderer: Renderer) -> tuple[list[PromptRow],
     """
     training = job.training
     seen: set[tuple[str, str]] = set()
-    config = AutoConfig.from_pretrained(local_model(training.model))
-    is_encoder, max_tokens = config.is_encoder_decoder, training.sampling.max_tokens
+    model = AutoConfig.from_pretrained(local_model(training.model))
+    is_encoder, max_tokens = model.is_encoder_decoder, training.sampling.max_tokens
     room = training.max_length - (0 if is_encoder else max_tokens)
-    if held := training.rollouts.settings.max_model_len or max_positions(config):
+    if held := training.rollouts.settings.max_model_len or max_positions(model):
         room = min(room, held - (1 if is_encoder else max_tokens))
     read = {*READS, "id", "tools"}
     for config in training.scorers:

@@ -48,7 +48,7 @@ class Sample:
     is_open: bool | None = None
     """Whether the gate let aspects in; None where there is no gate."""
     truncated: list[str] = field(default_factory=list)
-    """Scorers that read only the beginning of it, and gave that a score."""
+    """Scorers that cut it, or its prompt or reference, and gave what was left a score."""
     fault: str | None = None
     """Why it is left out of the update, as it is counted; None for one that is learned from."""
 

@@ -208,6 +208,9 @@ class RolloutPool:
         actor = actor_class.remote(self.model, self.config)
         self._actors[actor] = 0
         self._starting[actor.__ray_ready__.remote()] = actor
+        # Closed by another thread meanwhile.
+        if self._is_closed:
+            ray.kill(actor)
 
     def _replace(self, dead: Any) -> None:
         import ray

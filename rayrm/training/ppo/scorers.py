@@ -115,7 +115,7 @@ class ScorerPool:
         import ray
 
         self.is_closed = True
-        for actor in (actor for actors in self.actors.values() for actor in actors):
+        for actor in [actor for actors in list(self.actors.values()) for actor in actors]:
             ray.kill(actor)
 
     def _replace(self, ticket: Ticket, share: Share) -> Share:
@@ -142,7 +142,11 @@ class ScorerPool:
         config = self.configs[name]
         workers = config.workers
         options = {"num_cpus": workers.num_cpus, "num_gpus": workers.num_gpus, "scheduling_strategy": "DEFAULT"}
-        return ray.remote(ScorerActor).options(**options).remote(config, self.revisions.get(name))
+        actor = ray.remote(ScorerActor).options(**options).remote(config, self.revisions.get(name))
+        # Closed by another thread meanwhile.
+        if self.is_closed:
+            ray.kill(actor)
+        return actor
 
 
 class ScorerActor:

@@ -74,7 +74,7 @@ class PolicyGradient(Training):
     """Mean nats a token between the policy that drew and the one that learns (k3) at which a step's updates end early;
     null for never."""
     min_length: int = Field(1, ge=1)
-    """Tokens, the end token left out, below which `too_short` holds."""
+    """Tokens, the end token left out, below which `too_short` holds; as it does for white space alone."""
     too_short: LengthRule = LengthRule(then="drop")
     """What becomes of a completion that has fewer tokens. An empty one is never scored: keep leaves it unscored."""
     unfinished: LengthRule = LengthRule()
