@@ -254,7 +254,7 @@ def test_a_policy_draws_where_it_is_as_undecided_as_another(policy, ray_cluster,
 
     model, path = AutoModelForCausalLM.from_pretrained(policy), str(tmp_path / "sharp")
     # Next tokens that are far from equally likely.
-    model.lm_head.weight.data *= 8
+    model.lm_head.weight.data *= 3
     model.save_pretrained(path)
     load_tokenizer(policy).save_pretrained(path)
     rows, _ = rows_of(tmp_path / "rows", sets=[{"type": "flores", "input": make_flores(tmp_path / "flores")}])
@@ -274,7 +274,7 @@ def test_a_policy_draws_where_it_is_as_undecided_as_another(policy, ray_cluster,
     for ids, item in ((ids, item) for ids, group in zip(prompts, drawn, strict=True) for item in group):
         logits = engine.network(torch.tensor([[*ids, *item.ids]])).logits[0, len(ids) - 1 : -1].detach()
         plain += (-logits.log_softmax(-1)[torch.arange(len(item.ids)), item.ids]).tolist()
-    assert found["wanted"] == pytest.approx(wanted, abs=0.15) and abs(np.mean(plain) - wanted) > 0.3
+    assert found["wanted"] == pytest.approx(wanted, abs=0.35) and np.mean(plain) > wanted + 0.8
     monkeypatch.setattr(entropy, "_measure", None)
     assert match_temperature(own, other, str(tmp_path / "rows"), str(tmp_path / "out")) == found
 
@@ -296,10 +296,12 @@ def test_a_matched_temperature_is_that_of_the_draws(policy, translated, ray_clus
             *second(policy, "policies.1.temperature=0.8"),
         ]
     )
-    assert temperatures == {"first": pytest.approx(0.8, abs=1e-3), "second": 0.8}
+    assert temperatures == {"first": pytest.approx(0.8, abs=2e-3), "second": 0.8}
     found = files.read_json(str(tmp_path / "out/run.json"))["temperatures"]
-    assert found == {"first": {"temperature": temperatures["first"], "entropy": pytest.approx(0.64), "wanted": 0.8**2}}
-    assert "0.800, where its entropy is 0.64 nats a token (0.64 wanted)" in (tmp_path / "out/report.html").read_text()
+    assert found == {
+        "first": {"temperature": temperatures["first"], "entropy": pytest.approx(0.64, abs=4e-3), "wanted": 0.8**2}
+    }
+    assert ", where its entropy is 0.64 nats a token (0.64 wanted)" in (tmp_path / "out/report.html").read_text()
 
 
 @pytest.mark.slow
