@@ -2,11 +2,13 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from jobs.train_bleurt import main
 from rayrm.config import build_config
@@ -194,3 +196,33 @@ def test_training_is_repeatable(tmp_path):
     (first_vocabulary, first), (second_vocabulary, second) = run(), run()
     assert first_vocabulary == second_vocabulary
     assert first == pytest.approx(second, abs=1e-6)
+
+
+def test_a_run_that_died_goes_on_from_its_last_state(tmp_path, monkeypatch):
+    from ray import train as ray_train
+
+    from rayrm.training.bleurt_loop import fit, make_model, make_tokenizer, stream_batches, train_vocabulary
+
+    path = write_prompts(tmp_path / "in", sentences(100))
+    training = BleurtTraining(num_layers=1, hidden_size=32, num_heads=2, max_steps=7, vocab_size=150, batch_tokens=256)
+    given = {"output": str(tmp_path / "out"), "report_to": "none", "save_steps": 3, "log_steps": 2}
+    job = BleurtJob(input=path, training=training, **given)
+    references, _ = read_references(path, training)
+    tokenizer = make_tokenizer(train_vocabulary([r.text for r in references], training.vocab_size))
+
+    def report(metrics, checkpoint, checkpoint_dir_name):
+        shutil.copytree(checkpoint.path, tmp_path / checkpoint_dir_name)
+
+    monkeypatch.setattr(ray_train, "report", report)
+
+    def run(state):
+        model = make_model(training, tokenizer)
+        history = fit(model, stream_batches(references, tokenizer, training), job, state=state)
+        return history, torch.cat([tensor.flatten() for tensor in model.state_dict().values()])
+
+    history, weights = run(None)
+    assert [record["step"] for record in history] == [2, 4, 6, 7]
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-3", "step-6"]
+    shutil.rmtree(tmp_path / "step-6")
+    again, resumed = run(str(tmp_path / "step-3"))
+    assert again == history and torch.equal(resumed, weights)

@@ -65,11 +65,13 @@ class BleurtJob(Config):
     input: str = Field(json_schema_extra=INPUT)  # type: ignore[arg-type]
     """Prompt rows; only their references are used."""
     output: str = Field(json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
-    """Folder for `model/` with its `rayrm.json`, `metrics.jsonl` and `loss.png`."""
+    """Folder for `model/` with its `rayrm.json`, `state/`, `metrics.jsonl` and `loss.png`."""
     training: BleurtTraining = BleurtTraining()
     """The model, and how it is trained."""
     workers: TrainingWorkers = Field(TrainingWorkers(), json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
     """The process that trains; there is one."""
+    save_steps: int = Field(500, ge=1, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
+    """Steps between states to resume from; the last two stay."""
     log_steps: int = Field(20, ge=1, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
     """Steps between records of the training loss."""
     report_to: ReportTo = Field("tensorboard", json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]

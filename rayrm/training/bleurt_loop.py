@@ -1,14 +1,16 @@
 """The loop that fits a small BLEURT model, as its Ray Train worker runs it.
 
-All chance hangs on the seed, so a run that dies is simply begun again and ends with the same model.
+All chance hangs on the seed, so a run that dies and goes on from its last state ends with the same model.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -34,8 +36,10 @@ from rayrm.training.checkpoints import export_model
 from rayrm.training.corruption import Reference, Spoiler
 from rayrm.training.curves import write_curves
 from rayrm.training.launch import prepare_worker
+from rayrm.training.states import WORLD, last_state
 from rayrm.training.tracking import TRACKERS
 
+PROGRESS = "progress.pt"
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WINDOW = 2048
 """References that are spoilt together; batches are made within a window."""
@@ -54,7 +58,8 @@ def train_loop(given: dict[str, Any]) -> dict[str, Any]:
     vocabulary = train_vocabulary([reference.text for reference in train], training.vocab_size)
     tokenizer = make_tokenizer(vocabulary)
     model = make_model(training, tokenizer).to("cuda" if job.workers.num_gpus else "cpu")
-    history = fit(model, stream_batches(train, tokenizer, training), job, given["show_progress"])
+    with last_state(1) as state:
+        history = fit(model, stream_batches(train, tokenizer, training), job, given["show_progress"], state)
     metrics = measure(model, tokenizer, held_out, training)
     write_curves([*history, {"step": training.max_steps, **metrics}], job.output)
     export_model(job.output, lambda folder: save_bleurt(model, vocabulary, str(folder)), bleurt_classes()[1])
@@ -143,19 +148,32 @@ def stream_batches(
 
 
 def fit(
-    model: Any, batches: Iterator[tuple[list[EncodedPair], list[float]]], job: BleurtJob, show_progress: bool = False
+    model: Any,
+    batches: Iterator[tuple[list[EncodedPair], list[float]]],
+    job: BleurtJob,
+    show_progress: bool = False,
+    state: str | None = None,
 ) -> list[dict[str, float]]:
-    """Take `max_steps` steps of AdamW on the squared error; return the records of the loss. Raises CheckpointError."""
+    """Take AdamW's steps on the squared error up to `max_steps`; return the records of the loss.
+
+    It goes on from the folder `state`, where there is one. Raises CheckpointError for a loss that is not finite.
+    """
     training = job.training
     optimizer = torch.optim.AdamW(model.parameters(), lr=training.lr, weight_decay=0.01)
-    tracker = TRACKERS[job.report_to](job.output, training.model_dump(), 0)
-    history: list[dict[str, float]] = []
-    losses: list[float] = []
+    done, history, losses = 0, list[dict[str, float]](), list[float]()
+    if state is not None:
+        kept = torch.load(Path(state) / PROGRESS, map_location=model.device, weights_only=True)
+        model.load_state_dict(kept["model"])
+        optimizer.load_state_dict(kept["optimizer"])
+        done, history, losses = kept["step"], kept["history"], kept["losses"]
+    tracker = TRACKERS[job.report_to](job.output, training.model_dump(), done)
     model.train()
     from ray.experimental.tqdm_ray import tqdm
 
     shown = tqdm(total=training.max_steps, desc="training") if show_progress else None
-    for step, (pairs, targets) in enumerate(itertools.islice(batches, training.max_steps), start=1):
+    if shown is not None:
+        shown.update(done)
+    for step, (pairs, targets) in enumerate(itertools.islice(batches, done, training.max_steps), start=done + 1):
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, training)
         scores = model(**collate(pairs, model.config.pad_token_id, model.device)).logits[:, 0]
@@ -172,6 +190,9 @@ def fit(
             history.append({"step": step, **record})
             tracker.log(record, step)
             losses.clear()
+        if step % job.save_steps == 0 and step < training.max_steps:
+            progress = {"step": step, "history": history, "losses": losses}
+            save_state(progress | {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
         if shown is not None:
             shown.update(1)
     if shown is not None:
@@ -179,6 +200,17 @@ def fit(
     tracker.close()
     model.eval()
     return history
+
+
+def save_state(progress: dict[str, Any]) -> None:
+    """Report what `fit` goes on from to Ray Train."""
+    from ray import train
+
+    with TemporaryDirectory() as folder:
+        torch.save(progress, Path(folder) / PROGRESS)
+        (Path(folder) / WORLD).write_text(json.dumps({"num_workers": 1}))
+        state = train.Checkpoint.from_directory(folder)
+        train.report({"step": progress["step"]}, state, checkpoint_dir_name=f"step-{progress['step']}")
 
 
 def rate_at(step: int, training: BleurtTraining) -> float:
