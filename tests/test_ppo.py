@@ -763,7 +763,7 @@ def test_the_micro_batch_is_halved_when_memory_runs_out(data, tmp_path, ray_clus
     job = make_job(data, tmp_path / "run", save_steps=1, overlap=True, micro_batch_size=5)
     job = job.model_copy(update={"workers": job.workers.model_copy(update={"num_cpus": 0.5, "max_failures": 0})})
     monkeypatch.setitem(policy.LOOPS, "ppo", exhausted_loop)
-    facts = policy.train_with_ray(job, policy.check_policy(job))
+    facts = policy.train_policy(job, TEMPLATE)
     assert (facts["micro_batch_size"], facts["steps"]) == (2, 4)
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3, 4]
