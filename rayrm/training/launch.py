@@ -22,9 +22,6 @@ STATE = "state"
 MODEL = "model"
 FAULT = "fault.json"
 """File of a run whose workers have met what another attempt cannot mend."""
-PATIENCE_S = 24 * 3600
-"""Seconds for which a worker waits for the others. One that dies is noticed at once, and one that draws, scores or
-waits for a service may take long."""
 MARK = f"{MODEL}/{files.CHECKPOINT_MARK}"
 """Where the completion mark of a checkpoint lies below a training run's output."""
 
@@ -117,14 +114,12 @@ def launch(
 
     fault = files.join(output, FAULT)
     failures_left = workers.max_failures
-    # Of a driver that was killed before it could act on it.
-    files.remove(fault)
     while True:
         before = files.read_json(files.join(output, MICRO_BATCH))
         try:
             return dict(_trainer(partial(_tell, loop, fault), loop_config, output, workers).fit().return_value or {})
         except TrainingFailedError as error:
-            if files.read_json(fault) is None and files.read_json(files.join(output, MICRO_BATCH)) != before:
+            if files.read_json(files.join(output, MICRO_BATCH)) != before:
                 continue
             # Ray Train waits for nodes by itself, and gives up only where its own calls meet one that dies.
             if not isinstance(error, ControllerError) or not failures_left:
@@ -159,7 +154,7 @@ def _trainer(loop: Callable[..., Any], loop_config: dict[str, Any], output: str,
     return TorchTrainer(
         loop,
         train_loop_config=loop_config,
-        torch_config=TorchConfig(backend="nccl" if workers.num_gpus else "gloo", timeout_s=PATIENCE_S),
+        torch_config=TorchConfig(backend="nccl" if workers.num_gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
             use_gpu=workers.num_gpus > 0,
