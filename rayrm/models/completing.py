@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from rayrm.errors import CheckpointError
+from rayrm.errors import CheckpointError, ConfigError
 from rayrm.models.vllm import Drawn
 
 if TYPE_CHECKING:
@@ -52,6 +52,12 @@ def choose_tokens(
     sums = logprobs.exp().cumsum(-1, dtype=torch.float64)
     tokens = torch.searchsorted(sums, noise[:, None] * sums[:, -1:], right=True)
     return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
+
+
+def check_first_token(network: Any, path: str) -> None:
+    """Raise ConfigError for a language model that is told its first token."""
+    if getattr(network.generation_config, "forced_bos_token_id", None) is not None:
+        raise ConfigError(f"'{path}' forces its first token (forced_bos_token_id), which nobody draws.")
 
 
 def complete(

@@ -15,7 +15,14 @@ import torch
 
 from rayrm.batching import token_batches
 from rayrm.errors import CheckpointError, ConfigError
-from rayrm.models.completing import DecoderRows, EncoderDecoderRows, complete, decoder_start, uniform_numbers
+from rayrm.models.completing import (
+    DecoderRows,
+    EncoderDecoderRows,
+    check_first_token,
+    complete,
+    decoder_start,
+    uniform_numbers,
+)
 from rayrm.models.folders import load_tokenizer, local_folder
 from rayrm.models.vllm import GIB, Completion, Drawn, check_room, max_positions
 
@@ -146,8 +153,7 @@ def _load(path: str, config: EngineConfig, device: str) -> Any:
         )
     if own.is_encoder_decoder:
         decoder_start(network)
-    if getattr(network.generation_config, "forced_bos_token_id", None) is not None:
-        raise ConfigError(f"'{path}' forces its first token (forced_bos_token_id), which nobody draws.")
+    check_first_token(network, path)
     return network.to(device).eval()
 
 

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, set_seed
 
-from rayrm.errors import ConfigError, SchemaError
+from rayrm.errors import SchemaError
+from rayrm.models.completing import check_first_token
 from rayrm.models.folders import load_tokenizer, local_model
 from rayrm.models.packing import make_packable
 from rayrm.models.rendering import Renderer
@@ -107,8 +108,7 @@ def load_network(training: RewardedTraining, dtype: torch.dtype, has_dropout: bo
             setattr(own, name, 0.0)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = kind.from_pretrained(path, config=config, dtype=dtype, attn_implementation=training.attn_implementation)
-    if getattr(model.generation_config, "forced_bos_token_id", None) is not None:
-        raise ConfigError(f"'{training.model}' forces its first token (forced_bos_token_id), which nobody draws.")
+    check_first_token(model, training.model)
     return model
 
 
@@ -116,8 +116,8 @@ def read_prompts(job: RewardedJob, renderer: Renderer) -> tuple[list[PromptRow],
     """The rows to train on, those held out (at most `eval_rows`), and how many there are and were dropped by reason.
 
     Dropped are a prompt without a token, as `empty_prompt`, and as `overlength` one that leaves no room for `max_tokens`
-    within `max_length` and what the sampler holds; an encoder has all of that for the prompt. Raises SchemaError when none is left, or two
-    rows have the same id and language.
+    within `max_length` and what the sampler holds; an encoder has all of that for the prompt. Raises SchemaError when
+    none is left, or two rows have the same id and language.
     """
     training = job.training
     seen: set[tuple[str, str]] = set()

@@ -159,7 +159,8 @@ class RolloutPool:
                 version, drawn = answer
                 if version != weights.version:
                     raise RayRMError(
-                        f"A rollout actor drew with the weights of step {version}, where those of step {weights.version} were pushed."
+                        f"A rollout actor drew with the weights of step {version}, where those of step "
+                        f"{weights.version} were pushed."
                     )
                 yield chunk, drawn, version
         self.num_failures = 0
