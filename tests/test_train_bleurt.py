@@ -215,9 +215,14 @@ def test_a_run_that_died_goes_on_from_its_last_state(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ray_train, "report", report)
 
+    num_threads = torch.get_num_threads()
+
     def run(state):
         model = make_model(training, tokenizer)
+        # How sums are shared among several hangs on how busy they are, and the results are to be the same bit by bit.
+        torch.set_num_threads(1)
         history = fit(model, stream_batches(references, tokenizer, training), job, state=state)
+        torch.set_num_threads(num_threads)
         return history, torch.cat([tensor.flatten() for tensor in model.state_dict().values()])
 
     history, weights = run(None)
@@ -225,6 +230,4 @@ def test_a_run_that_died_goes_on_from_its_last_state(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-3", "step-6"]
     shutil.rmtree(tmp_path / "step-6")
     again, resumed = run(str(tmp_path / "step-3"))
-    for found, wanted in zip(again, history, strict=True):
-        assert found == pytest.approx(wanted, rel=1e-4)
-    torch.testing.assert_close(resumed, weights, atol=1e-5, rtol=1e-4)
+    assert again == history and torch.equal(resumed, weights)
