@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rayrm import files
 from rayrm.config import build_config
 from rayrm.counts import describe_counts
 from rayrm.errors import CheckpointError, ConfigError, OutputExistsError, SchemaError
@@ -725,6 +726,8 @@ def test_the_micro_batch_is_halved_when_memory_runs_out(data, tmp_path, ray_clus
 
     monkeypatch.setattr(reward_loop, "train_loop", exhausted_loop)
     job = make_job(data, tmp_path / "run", save_steps=2, max_steps=4)
+    # What a driver that was killed left behind.
+    files.write_json(str(tmp_path / "run/fault.json"), {"type": "CheckpointError", "message": "Of another time."})
     job = job.model_copy(update={"workers": job.workers.model_copy(update={"max_failures": 0})})
     done = train_reward_model(job)
     assert done["micro_batch_size"] == 1 and done["steps"] == 4

@@ -113,13 +113,14 @@ def launch(
     from ray.train import ControllerError, TrainingFailedError
 
     fault = files.join(output, FAULT)
+    files.remove(fault)  # of a driver that was killed
     failures_left = workers.max_failures
     while True:
         before = files.read_json(files.join(output, MICRO_BATCH))
         try:
             return dict(_trainer(partial(_tell, loop, fault), loop_config, output, workers).fit().return_value or {})
         except TrainingFailedError as error:
-            if files.read_json(files.join(output, MICRO_BATCH)) != before:
+            if files.read_json(fault) is None and files.read_json(files.join(output, MICRO_BATCH)) != before:
                 continue
             # Ray Train waits for nodes by itself, and gives up only where its own calls meet one that dies.
             if not isinstance(error, ControllerError) or not failures_left:
@@ -154,7 +155,8 @@ def _trainer(loop: Callable[..., Any], loop_config: dict[str, Any], output: str,
     return TorchTrainer(
         loop,
         train_loop_config=loop_config,
-        torch_config=TorchConfig(backend="nccl" if workers.num_gpus else "gloo"),
+        # One may wait for services and nodes as long as these take, and the others for it.
+        torch_config=TorchConfig(backend="nccl" if workers.num_gpus else "gloo", timeout_s=24 * 3600),
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
             use_gpu=workers.num_gpus > 0,
