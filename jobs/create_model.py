@@ -25,7 +25,7 @@ MESSAGES = ("prompt", "chosen", "rejected")
 
 
 class CreateModel(Config):
-    """A model from nothing, for the texts of some Prompt rows."""
+    """A model from nothing, for the texts of some Prompt or Preference rows."""
 
     input: str = Field(json_schema_extra=INPUT)  # type: ignore[arg-type]
     """Prompt or Preference rows on whose texts the tokenizer is trained."""

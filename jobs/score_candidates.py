@@ -18,7 +18,7 @@ class ScoreCandidates(RowsJob):
     """Candidates (or Scored) rows → Scored rows."""
 
     scoring: Scoring
-    """The scorer: bleurt, reward_model, grammar, implicit, service or custom."""
+    """The scorer: bleurt, reward_model, service, implicit, length, grammar or custom."""
     max_failed_fraction: float = Field(0.1, ge=0, le=1, json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
     """Most scores that may be null; a run with more fails at its end and keeps what it wrote."""
 

@@ -1,4 +1,4 @@
-"""Train a reward model on Preference rows inside Ray Train and DeepSpeed.
+"""Train a reward model on Preference, Rated or Stepwise rows inside Ray Train and DeepSpeed.
 
 Writes `<output>/model`, plain Hugging Face files with the chat template and, last, `rayrm.json`. A run that was
 killed and is started again goes on from its last state.
@@ -17,7 +17,7 @@ log = logging.getLogger("rayrm")
 
 
 class TrainRewardModel(RewardModelJob):
-    """A reward model from Preference rows."""
+    """A reward model from Preference, Rated or Stepwise rows, as its objective asks."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

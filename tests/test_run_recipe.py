@@ -1,5 +1,6 @@
 """Recipes: what is checked before the first job, what runs, what is skipped, and what a failure says."""
 
+import importlib
 import subprocess
 import sys
 import types
@@ -8,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs.run_recipe import expand, main, merge
+from jobs.run_recipe import RunRecipe, expand, load_steps, main, merge
 from rayrm import files
-from rayrm.config import Config, parse_args
+from rayrm.config import Config, load_config, parse_args
 from rayrm.errors import ConfigError, EvaluationError
 from rayrm.runs import finish_run, start_run
 
@@ -111,6 +112,20 @@ def test_a_failing_step_is_named_and_ends_the_recipe(tmp_path, calls, capsys):
     with pytest.raises(RuntimeError) as caught:
         main([path, "only=[two]", "set.two.text=worse"])
     assert caught.value.__notes__ == ["This happened in step 'two' of the recipe."]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_example_beside_a_job_is_a_config_of_it(path):
+    module = importlib.import_module(f"jobs.{path.stem}")
+    load_config(getattr(module, "".join(part.capitalize() for part in path.stem.split("_"))), path)
+
+
+RECIPES = [ROOT / "jobs/run_recipe.yaml", *sorted((ROOT / "jobs/recipes").glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_step_of_a_recipe_is_a_config_of_its_job(path):
+    assert load_steps(load_config(RunRecipe, path))
 
 
 def test_merge_and_expand():
