@@ -45,6 +45,18 @@ def test_values_and_gradients_are_those_of_the_plain_formula(dtype, near, temper
         torch.testing.assert_close(gradients[0].double(), gradients[1].double(), atol=near, rtol=near)
 
 
+def test_what_cannot_be_drawn_counts_nothing():
+    """Some models mask tokens by logits of −∞."""
+    some = torch.tensor([[0.5, -1.0, 2.0], [1.0, 0.0, 0.0]], requires_grad=True)
+    masked = torch.cat([some, torch.full((2, 2), -torch.inf)], 1)
+    targets, found = torch.tensor([2, 0]), []
+    for logits in (some, masked):
+        logprobs, entropy = judge_tokens(logits, targets, 1.0, with_entropy=True)
+        found.append((logprobs, entropy, *torch.autograd.grad((logprobs + 3 * entropy).sum(), some)))
+    for plainly, behind in zip(*found, strict=True):
+        torch.testing.assert_close(behind, plainly)
+
+
 def test_entropy_of_a_fair_choice_and_of_a_certain_one():
     logits = torch.stack([torch.zeros(8), torch.tensor([0.0] * 7 + [200.0])])
     logprobs, entropy = judge_tokens(logits, torch.tensor([0, 7]), 1.0, with_entropy=True)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 CHUNK = 1 << 24
 """Logits that are looked at together; some copies of so many in fp32 are held."""
+LEAST = -1e30
+"""Log-probability of what has none, as a logit of −∞ says: times 0 it is still 0."""
 
 
 def judge_tokens(
@@ -71,7 +73,7 @@ def _chunks(logits: Tensor, targets: Tensor) -> Any:
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     """Of a few rows, in fp32 at least."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+    return (logits if temperature == 1 else logits / temperature).log_softmax(-1).clamp_(min=LEAST)
 
 
 def _entropy(logprobs: Tensor) -> Tensor:
