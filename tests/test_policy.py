@@ -13,15 +13,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from jobs.train_policy import main
 from rayrm.config import build_config
 from rayrm.errors import CheckpointError, ConfigError, SchemaError
 from rayrm.models.creation import CreationConfig, create_model
+from rayrm.models.rendering import Renderer
 from rayrm.training.launch import Parallelism
 from rayrm.training.order import LengthGrouped
 from rayrm.training.policy import LOOPS, PolicyJob, check_policy
 from rayrm.training.policy import train_policy as train_with_ray
+from rayrm.training.policy_model import end_ids
 
 SIZES = CreationConfig(vocab_size=320, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=2, max_length=128)
 NUM_ROWS = 50
@@ -79,7 +82,7 @@ def make_job(*args, **kwargs):
 
 
 def load(output):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     folder = Path(output) / "model"
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -247,9 +250,26 @@ def test_a_template_of_ones_own_is_saved(data, tmp_path, run):
     assert names == ["</s>", "<|im_end|>"] and facts["counts"]["trained"] == NUM_ROWS
 
 
-def test_rows_that_cannot_be_learned_are_counted(data, tmp_path):
-    from transformers import AutoTokenizer
+@pytest.mark.parametrize(
+    ("behind", "names"),
+    [
+        ("<|im_end|>\n", ["<|im_end|>"]),
+        # The next turn's BOS, as in Llama 2, and a token behind the turn's own, as in Phi 3.
+        (" </s><s>", ["</s>", "<|im_end|>"]),
+        ("</s>\n<|im_end|>", ["</s>", "<|im_end|>"]),
+        ("\n### ", ["<|im_end|>"]),
+        (None, ["<|im_end|>"]),
+    ],
+)
+def test_generation_ends_with_the_turn(data, behind, names):
+    tokenizer = AutoTokenizer.from_pretrained(f"{data}/base")
+    tokenizer.bos_token = "<s>"
+    turn = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}" + f"{behind}" + "{% endfor %}"
+    renderer = Renderer(tokenizer, None if behind is None else turn)
+    assert tokenizer.convert_ids_to_tokens(end_ids(renderer)) == names
 
+
+def test_rows_that_cannot_be_learned_are_counted(data, tmp_path):
     from rayrm.models.rendering import Renderer
     from rayrm.training.examples import read_examples
 
@@ -326,8 +346,6 @@ def test_settings_that_do_not_fit_together(data, settings, message):
 
 
 def test_missing_things_are_told_before_anything_starts(data, tmp_path):
-    from transformers import AutoTokenizer
-
     shutil.copytree(data / "base", tmp_path / "mute")
     (tmp_path / "mute/chat_template.jinja").unlink()
     assert AutoTokenizer.from_pretrained(tmp_path / "mute").chat_template is None

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -305,9 +306,9 @@ def test_requests_are_split_for_the_actors():
     assert sizes(0, 1) == sizes(0, 2) == []
 
 
-def make_pool(model, **fields):
+def make_pool(model, ends=(), **fields):
     settings = {"engine": "transformers", "workers": {"num_workers": 2}, **fields}
-    return RolloutPool(model, RolloutConfig.model_validate(settings), DRAWS)
+    return RolloutPool(model, RolloutConfig.model_validate(settings), DRAWS, ends=ends)
 
 
 def drawn(chunks, version):
@@ -353,6 +354,32 @@ def test_a_killed_actor_loses_nothing_and_changes_nothing(engine, policy, other,
         pool.close()
 
 
+@pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
+@pytest.mark.ray
+def test_completions_end_where_the_template_ends_a_turn_too(policy, ray_cluster, engine):
+    """Such as at <|im_end|> with a model whose files name <|endoftext|> alone."""
+    requests = [Request(f"p{i}", ids, i) for i, ids in enumerate(make_prompts(6))]
+
+    def draw(ends):
+        pool = make_pool(policy, ends, engine=engine, workers={"num_workers": 1})
+        try:
+            return {
+                request.id: group
+                for requests, groups, _ in pool.draw(requests)
+                for request, group in zip(requests, groups, strict=True)
+            }
+        finally:
+            pool.close()
+
+    whole = draw([])
+    tokens = Counter(token for group in whole.values() for item in group for token in item.ids[:-1])
+    ((end, _),) = tokens.most_common(1)
+    for name, group in draw([end]).items():
+        for item, long in zip(group, whole[name], strict=True):
+            assert item.ids == (long.ids[: long.ids.index(end) + 1] if end in long.ids else long.ids)
+            assert item.is_finished == (end in long.ids or long.is_finished)
+
+
 def stored_bytes():
     """What lies in the object store of this machine."""
     import ray
@@ -385,7 +412,7 @@ class Stub:
     """An actor that is late for as long as `<model>/late` is there, dies of a request named poison, never answers one
     named endless, and draws the number of its process."""
 
-    def __init__(self, model, config):
+    def __init__(self, model, config, ends):
         while Path(model, "late").exists():
             time.sleep(0.05)
 

@@ -56,6 +56,7 @@ class TransformersEngine:
             raise ConfigError(f"max_model_len is {self.max_model_len}, and '{model}' holds {positions}; lower it.")
         self.tokenizer = load_tokenizer(model, config.trust_remote_code)
         self.ends = _end_ids(self.network, self.tokenizer)
+        """Tokens that end a completion."""
         self._batch_bytes = _batch_bytes(config, self.device)
 
     def draw(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], config: DecodingConfig) -> list[list[Drawn]]:

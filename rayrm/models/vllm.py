@@ -143,6 +143,8 @@ class Engine:
             self.llm.collective_rpc(end_with_parent)
         self.max_model_len: int = self.llm.model_config.max_model_len
         """Most tokens of a prompt with its completion."""
+        self.ends: list[int] = []
+        """Tokens that end what `draw` draws, beside those that the model's files name."""
         self._special = dict(self.llm.get_tokenizer().get_added_vocab())
 
     def generate(
@@ -169,7 +171,8 @@ class Engine:
         if not prompts:
             return []
         check_room(prompts, self.max_model_len)
-        params = [_sampling_params(config, seed, logprobs=0, flat_logprobs=True, detokenize=False) for seed in seeds]
+        told = {"logprobs": 0, "flat_logprobs": True, "detokenize": False, "stop_token_ids": self.ends}
+        params = [_sampling_params(config, seed, **told) for seed in seeds]
         inputs: list[Any] = [{"prompt_token_ids": list(ids)} for ids in prompts]
         outputs: list[Any] = self.llm.generate(inputs, params, use_tqdm=False)
         return [

@@ -78,11 +78,15 @@ def export_policy(training: PolicyTraining, trainer: Any, renderer: Renderer, ou
 
 
 def end_ids(renderer: Renderer) -> list[int]:
-    """Tokens at which generation ends: the one that ends the assistant's turn, where it is special, and EOS."""
-    tokenizer = renderer.tokenizer
-    text = renderer.completion_text([{"role": "user", "content": "a"}], "a")
-    last = tokenizer(text, add_special_tokens=False)["input_ids"][-1]
-    ends = [last] if last in tokenizer.added_tokens_decoder else []
+    """Tokens at which generation ends: the one that ends the assistant's turn, where it is no plain text, and EOS."""
+    tokenizer, word = renderer.tokenizer, "Answer"
+    ends = []
+    if renderer.template is not None:
+        text = renderer.turn_text([{"role": "user", "content": "Question"}, {"role": "assistant", "content": word}])
+        _, found, behind = text.rpartition(word)
+        own = set(tokenizer.added_tokens_decoder) - {tokenizer.bos_token_id, tokenizer.unk_token_id}
+        ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if found else []
+        ends = [token for token in ids if token in own][:1]
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
         ends.append(tokenizer.eos_token_id)
     return ends

@@ -120,11 +120,12 @@ class Collector:
 
     def _sample(self, name: str, number: int, index: int, row: PromptRow, drawn: Drawn) -> Sample:
         """A drawn completion, and what the rules of length say of it."""
-        text = self.tokenizer.decode(drawn.ids, skip_special_tokens=True)
+        body = _body(drawn.ids, drawn.is_finished)
+        text = self._decode(body)
         lang, last_turn = language_of(row.values), row.values["prompt"][-1]["content"]
         own = (drawn.ids, drawn.logprobs, drawn.is_finished, text)
         sample = Sample(f"{name}/{number}", index, lang, last_turn, row.prompt_ids, *own)
-        num_tokens = sum(token not in self.special for token in drawn.ids)
+        num_tokens = sum(token not in self.special for token in body)
         # Nobody can score white space.
         held = (num_tokens < self.training.min_length or not text.strip(), not drawn.is_finished)
         for holds, what in zip(held, RULES, strict=True):
@@ -170,7 +171,8 @@ class Collector:
             if isinstance(composed, Unscored):
                 sample.fault = f"unscored/{composed.part}/{composed.status}"
                 continue
-            ends = token_ends(sample.ids, self._decode)
+            ends = token_ends(_body(sample.ids, sample.is_finished), self._decode)
+            ends += [len(sample.text)] * (len(sample.ids) - len(ends))
             lead = len(sample.text) - len(sample.text.lstrip())
             # Scorers read the text without the white space around it.
             ends = [min(max(end - lead, 0), len(text)) for end in ends]
@@ -181,6 +183,11 @@ class Collector:
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _body(ids: list[int], is_finished: bool) -> list[int]:
+    """The tokens of a completion without the one that ends it, which may be none of the tokenizer's special ones."""
+    return ids[:-1] if is_finished else ids
 
 
 def _open_groups(samples: Sequence[Sample]) -> dict[int, list[Sample]]:

@@ -81,14 +81,20 @@ class RolloutPool:
     """Actors that draw completions of a policy, and are started again when they die.
 
     `model` is a folder or hub id, and `max_model_len` what a prompt with its completion has at the most, for engines
-    whose settings leave that open. Nothing is started before the first draw. An actor that is being started gets work
-    once it is there, and the others go on meanwhile. Draws hang on a request's seed and on the weights alone, so a
-    chunk that died with its actor comes out the same when another one draws it. The actors end with the process that
-    made them. Raises ConfigError for `stop` texts, which do not end these completions.
+    whose settings leave that open. Completions end at the tokens `ends`, and at those that the model's files name.
+    Nothing is started before the first draw. An actor that is being started gets work once it is there, and the
+    others go on meanwhile. Draws hang on a request's seed and on the weights alone, so a chunk that died with its
+    actor comes out the same when another one draws it. The actors end with the process that made them. Raises
+    ConfigError for `stop` texts, which do not end these completions.
     """
 
     def __init__(
-        self, model: str, config: RolloutConfig, decoding: DecodingConfig, max_model_len: int | None = None
+        self,
+        model: str,
+        config: RolloutConfig,
+        decoding: DecodingConfig,
+        max_model_len: int | None = None,
+        ends: Sequence[int] = (),
     ) -> None:
         if decoding.stop:
             raise ConfigError(
@@ -97,7 +103,7 @@ class RolloutPool:
         if config.settings.max_model_len is None:
             settings = config.settings.model_copy(update={"max_model_len": max_model_len})
             config = config.model_copy(update={"settings": settings})
-        self.model, self.config, self.decoding = model, config, decoding
+        self.model, self.config, self.decoding, self.ends = model, config, decoding, list(ends)
         self.num_failures = 0
         """Deaths since the last whole draw."""
         self._weights = Weights()
@@ -206,7 +212,7 @@ class RolloutPool:
         actor_class: Any = ray.remote(
             num_cpus=workers.num_cpus, num_gpus=workers.num_gpus, scheduling_strategy="DEFAULT"
         )(RolloutActor)
-        actor = actor_class.remote(self.model, self.config)
+        actor = actor_class.remote(self.model, self.config, self.ends)
         self._actors[actor] = 0
         self._starting[actor.__ray_ready__.remote()] = actor
         # Closed by another thread meanwhile.
@@ -223,10 +229,10 @@ class RolloutPool:
 
 
 class RolloutActor:
-    """One engine with the policy. Raises CheckpointError when the policy does not load, and ConfigError when the vLLM
-    of this node is of another kind than the config asks for."""
+    """One engine with the policy, whose completions end at `ends` too. Raises CheckpointError when the policy does not
+    load, and ConfigError when the vLLM of this node is of another kind than the config asks for."""
 
-    def __init__(self, model: str, config: RolloutConfig) -> None:
+    def __init__(self, model: str, config: RolloutConfig, ends: list[int]) -> None:
         self.version = 0
         num_threads = max(1, int(config.workers.num_cpus))
         if config.engine == "vllm":
@@ -238,6 +244,7 @@ class RolloutActor:
             from rayrm.models.generating import TransformersEngine
 
             self.engine = TransformersEngine(model, config.settings, num_threads)
+        self.engine.ends = sorted({*self.engine.ends, *ends})
 
     def draw(
         self, requests: list[Request], decoding: DecodingConfig, version: int, state: dict[str, Any] | None
