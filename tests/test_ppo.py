@@ -121,10 +121,11 @@ def make_job(data, output, zero_stage=0, save_steps=100, log_steps=1, **training
 class Rollouts:
     """A real sampler, in this process."""
 
-    def __init__(self, model, config, decoding, max_model_len):
+    def __init__(self, model, config, decoding, max_model_len, ends):
         from rayrm.models.generating import TransformersEngine
 
         self.engine = TransformersEngine(model, EngineConfig())
+        self.engine.ends = sorted({*self.engine.ends, *ends})
         self.decoding = decoding
 
     def push(self, state, version):
@@ -475,6 +476,19 @@ def test_an_encoder_reads_prompts_as_long_as_max_length(data, tmp_path):
         assert read_prompts(job, renderer)[2]["dropped"] == {"overlength": NUM_ROWS - fitting}
 
 
+def test_completions_end_at_the_token_that_ends_a_turn_of_the_template_too(data, tmp_path, alone):
+    """The files of a base model name its EOS alone."""
+    from rayrm.training.ppo.loop import RewardedTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(f"{data}/policy")
+    trainer = RewardedTrainer(make_job(data, tmp_path / "run", max_steps=1), TEMPLATE.replace("|", "</s>"), 3)
+    finish(trainer)
+    trainer.finish()
+    ends = {tokenizer.convert_tokens_to_ids("</s>"), tokenizer.eos_token_id}
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert len(ends) == 2 and set(trainer.rollouts.engine.ends) == set(saved.generation_config.eos_token_id) == ends
+
+
 def test_an_encoder_decoder_learns_from_the_policy_that_it_samples(data, tmp_path, alone):
     """Dropout, which its checkpoint has, would make other probabilities of the same completion."""
     create_t5(data, tmp_path / "t5")
@@ -528,7 +542,7 @@ def test_a_sample_without_a_score_is_left_out_and_counted(data, tmp_path, alone,
     rows = samples_of(tmp_path / "run")["step-000001"]
     lost = [row for row in rows if row["fault"] == "unscored/grammar/overloaded"]
     assert lost and all(row["reward"] is None for row in lost)
-    assert record["left_out/unscored/grammar/overloaded"] == len(lost) / 8
+    assert record["left_out/unscored/grammar/overloaded"] == record["unscored_fraction"] == len(lost) / 8
     assert record["num_samples"] == 8 - len(lost)
 
 
@@ -695,14 +709,28 @@ def test_scorers_see_the_columns_that_they_need(data, tmp_path, monkeypatch):
 
 
 def test_prompts_that_cannot_be_answered_are_dropped_and_counted(data, tmp_path, alone):
+    from rayrm.training.ppo.engine import encode_prompt
+
     table = pq.read_table(data / "prompts.parquet").to_pylist()
     table[0]["prompt"] = [{"role": "user", "content": " "}]
     table[1]["prompt"] = [{"role": "user", "content": "one two three " * 30}]
+    table = [{**row, "tools": None} for row in table]
+    bad = [{**table[2], "id": f"bad{num}"} for num in range(8)]
+    bad[0]["group"] = bad[1]["prompt"] = None
+    bad[2]["prompt"] = [{"role": "user", "content": None}]
+    bad[3]["tools"] = "no JSON"
+    bad[4]["prompt"] = []
+    bad[5]["prompt"] = [None]
+    bad[6]["prompt"] = [{"role": None, "content": "one"}]
+    bad[7]["tools"] = '["none"]'
     (tmp_path / "in").mkdir()
-    pq.write_table(pa.Table.from_pylist(table), tmp_path / "in" / "prompts.parquet")
+    pq.write_table(pa.Table.from_pylist([*table, *bad]), tmp_path / "in" / "prompts.parquet")
     job = make_job(tmp_path / "in", tmp_path / "run", model=f"{data}/policy")
     trainer = start(job)
-    assert trainer.counts["dropped"] == {"empty_prompt": 1, "overlength": 1}
+    dropped = {"empty_prompt": 2, "overlength": 1, "missing_field": 5, "tools_not_json": 2}
+    assert trainer.counts["dropped"] == dropped
+    picky = Renderer(load_tokenizer(f"{data}/policy"), "{{ raise_exception('No system turns.') }}")
+    assert encode_prompt(table[2], picky, is_encoder=False) == "not_rendered"
     assert len(trainer.rows) == NUM_ROWS - 2
     narrow = start(make_job(tmp_path / "in", tmp_path / "run", model=f"{data}/policy", **NARROW))
     longest = max(len(row.prompt_ids) for row in trainer.rows)

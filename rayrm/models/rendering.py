@@ -93,7 +93,7 @@ class Renderer:
     def with_tools(self, tools: str | None) -> Renderer:
         """This renderer with tool schemas, a JSON list, for the template to show; itself without any.
 
-        Raises ConfigError for `chat_template: none`, which has no place for them.
+        Raises JSONDecodeError for other text, and ConfigError for `chat_template: none`, which has no place for them.
         """
         if tools is None:
             return self
@@ -101,6 +101,8 @@ class Renderer:
             raise ConfigError("A row has tools, and chat_template 'none' has no place for them; set a chat template.")
         view = copy.copy(self)
         view.tools = json.loads(tools)
+        if not isinstance(view.tools, list) or not all(isinstance(tool, dict) for tool in view.tools):
+            raise json.JSONDecodeError("no list of tools", tools, 0)
         return view
 
     def prompt_text(self, prompt: Sequence[Message]) -> str:

@@ -237,7 +237,7 @@ def check_policy(job: PolicyJob) -> str | None:
 def _check_split(path: str, training: Training) -> None:
     if not training.held_out_fraction:
         return
-    groups = read_table(path, ["group"])["group"].unique().to_pylist()
+    groups = read_table(path, ["group"])["group"].drop_null().unique().to_pylist()
     held_out = sum(is_held_out(group, training.held_out_fraction, training.seed) for group in groups)
     if not 0 < held_out < len(groups):
         raise ConfigError(

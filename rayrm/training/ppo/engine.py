@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, set_seed
 
 from rayrm.errors import SchemaError
@@ -115,9 +118,9 @@ def load_network(training: RewardedTraining, dtype: torch.dtype, has_dropout: bo
 def read_prompts(job: RewardedJob, renderer: Renderer) -> tuple[list[PromptRow], list[PromptRow], dict[str, Any]]:
     """The rows to train on, those held out (at most `eval_rows`), and how many there are and were dropped by reason.
 
-    Dropped are a prompt without a token, as `empty_prompt`, and as `overlength` one that leaves no room for `max_tokens`
-    within `max_length` and what the sampler holds; an encoder has all of that for the prompt. Raises SchemaError when
-    none is left, or two rows have the same id and language.
+    Dropped is what `encode_prompt` refuses, and as `overlength` a prompt that leaves no room for `max_tokens` within
+    `max_length` and what the sampler holds; an encoder has all of that for the prompt. Raises SchemaError when none is
+    left, or two rows have the same id and language.
     """
     training = job.training
     seen: set[tuple[str, str]] = set()
@@ -134,17 +137,16 @@ def read_prompts(job: RewardedJob, renderer: Renderer) -> tuple[list[PromptRow],
     dropped: dict[str, int] = {}
     for table in iter_tables(job.input, None):
         for values in Prompt.conform(table).to_pylist():
-            prompt, key = values["prompt"], (values["id"], values["lang"])
+            ids = encode_prompt(values, renderer, is_encoder)
+            if isinstance(ids, list) and len(ids) > room:
+                ids = "overlength"
+            if isinstance(ids, str):
+                dropped[ids] = dropped.get(ids, 0) + 1
+                continue
+            key = (values["id"], values["lang"])
             if key in seen:
                 raise SchemaError(f"'{job.input}' has two rows with the id '{key[0]}' and the language '{key[1]}'.")
             seen.add(key)
-            own = renderer.with_tools(values.get("tools"))
-            ids = own.encoder_ids(prompt) if is_encoder else own.prompt_ids(prompt)
-            has_text = any((turn["content"] or "").strip() for turn in prompt)
-            fault = "empty_prompt" if not (ids and has_text) else "overlength" if len(ids) > room else None
-            if fault is not None:
-                dropped[fault] = dropped.get(fault, 0) + 1
-                continue
             kept = {name: value for name, value in values.items() if name in read}
             is_out = is_held_out(values["group"], training.held_out_fraction, training.seed)
             found[is_out].append(PromptRow(kept, ids))
@@ -159,6 +161,27 @@ def read_prompts(job: RewardedJob, renderer: Renderer) -> tuple[list[PromptRow],
     return found[False], found[True][: training.eval_rows], counts
 
 
+def encode_prompt(values: Mapping[str, Any], renderer: Renderer, is_encoder: bool) -> list[int] | str:
+    """The token ids of a Prompt row, which a policy continues or its encoder reads, or the reason why it is no use.
+
+    Reasons: missing_field, empty_prompt (no text, or no token), tools_not_json, not_rendered.
+    """
+    if any(values[name] is None for name in Prompt.columns if name not in Prompt.nullable):
+        return "missing_field"
+    if any(turn is None or turn["role"] is None or turn["content"] is None for turn in values["prompt"]):
+        return "missing_field"
+    if not any(turn["content"].strip() for turn in values["prompt"]):
+        return "empty_prompt"
+    try:
+        own = renderer.with_tools(values.get("tools"))
+        ids = own.encoder_ids(values["prompt"]) if is_encoder else own.prompt_ids(values["prompt"])
+    except JSONDecodeError:
+        return "tools_not_json"
+    except TemplateError:
+        return "not_rendered"
+    return ids or "empty_prompt"
+
+
 def export_learned(policy: Any, training: RewardedTraining, renderer: Renderer, output: str) -> None:
     """Gather, save and verify the policy as `<output>/model`, LoRA's updates merged. All ranks call it."""
     state = sampler_state(policy)
@@ -167,8 +190,10 @@ def export_learned(policy: Any, training: RewardedTraining, renderer: Renderer, 
     dtype = next(iter(state.values())).dtype
     model = load_network(training, dtype)
     model.load_state_dict(state, strict=True)
-    if model.generation_config.eos_token_id is None:
-        model.generation_config.eos_token_id = end_ids(renderer)
+    # What the policy learned to end with.
+    named = model.generation_config.eos_token_id
+    ends = [named] if isinstance(named, int) else named or []
+    model.generation_config.eos_token_id = list(dict.fromkeys([*ends, *end_ids(renderer)]))
     model.generation_config.pad_token_id = renderer.tokenizer.pad_token_id
 
     def write(folder: Path) -> None:

@@ -21,6 +21,7 @@ from rayrm.training.batches import batch_of_step, steps_per_epoch
 from rayrm.training.curves import write_curves
 from rayrm.training.launch import prepare_worker
 from rayrm.training.memory import fitting_micro_batch, halved_when_out_of_memory
+from rayrm.training.policy_model import end_ids
 from rayrm.training.ppo.collecting import Collected, Collector
 from rayrm.training.ppo.engine import export_learned, make_engine, read_prompts
 from rayrm.training.ppo.experience import Experience, compute_advantages, write_samples
@@ -89,7 +90,8 @@ class RewardedTrainer:
         """What the parts of the next step have taken so far."""
         self.thread = ThreadPoolExecutor(max_workers=1)
         room = tokens_needed(self.learner.network.policy.config, self.training.max_length)
-        self.rollouts = RolloutPool(self.training.model, self.training.rollouts, self.training.sampling, room)
+        draws = self.training.rollouts, self.training.sampling
+        self.rollouts = RolloutPool(self.training.model, *draws, room, end_ids(self.renderer))
         self.scorers = ScorerPool(self.training.scorers, self.training.rollouts.max_failures)
         self.collector = Collector(self.training, self.renderer.tokenizer, self.rollouts, self.scorers)
 
@@ -106,11 +108,14 @@ class RewardedTrainer:
             bar.update(self.step)
         if is_first:
             self.served = self.scorers.pin(self.served)
+        # Services may take their time, for which DeepSpeed's own group would not wait.
+        dist.barrier()
         self.push()
         if not self.step:
             tracker.log(self.evaluate(), 0)
-        # Actors start with the first draw, whose time says nothing of a step's.
-        tells_times = False
+        # Actors start with the first draw, whose time says nothing of a step's; where a step was drawn before, with the
+        # next one.
+        untimed = 1 if self.collected is None else 2
         if self.collected is None:
             self.receive(self.begin(self.step))
         while self.step < self.num_steps:
@@ -121,10 +126,11 @@ class RewardedTrainer:
             if overlaps:
                 self.receive(ahead)
             seconds["push"] = self.push()
-            if tells_times:
+            if untimed:
+                untimed -= 1
+            else:
                 record |= {f"seconds/{name}": taken for name, taken in seconds.items()}
                 record["step_s"] = sum(seconds[name] for name in STEP_PARTS)
-            tells_times = True
             self.since.append(record)
             is_last = self.step == self.num_steps
             if self.step % job.log_steps == 0 or is_last:

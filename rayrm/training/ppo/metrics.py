@@ -18,12 +18,16 @@ UNBROKEN = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u34
 def describe_samples(samples: Sequence[Sample]) -> dict[str, float]:
     """Rewards by language and length, lengths, shares of what was left out, and distinct n-grams.
 
-    `reward` and its like are means over the samples that are learned from, all others over all samples.
+    Rewards, scores, `truncated` and `gate_open_fraction` are means over the samples that are learned from, all others
+    over all samples.
     """
     kept = [sample for sample in samples if sample.fault is None]
     faults = Counter(sample.fault for sample in samples if sample.fault is not None)
     found: dict[str, float] = {"num_samples": len(kept), "left_out_fraction": 1 - len(kept) / len(samples)}
     found |= {f"left_out/{fault}": num / len(samples) for fault, num in sorted(faults.items())}
+    found["unscored_fraction"] = sum(num for fault, num in faults.items() if fault.startswith("unscored")) / len(
+        samples
+    )
     found["unfinished_fraction"] = _mean([not sample.is_finished for sample in samples])
     lengths = [len(sample.ids) for sample in samples]
     found |= {"completion_length": _mean(lengths), "completion_length/max": max(lengths)}
