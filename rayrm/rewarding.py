@@ -44,9 +44,10 @@ class RewardingConfig(Config):
 def reward_candidates(scored: Dataset, config: RewardingConfig) -> Dataset:
     """The scores of one scorer, times `scale`, as rewards, or the composed ones; without a score a reward is null.
 
-    A score that is NaN is none, and in a composition neither is an infinite one. Reads candidates, scores, and for
-    spans spans. Adds rewards; drops scores, status, spans. A row with another number of scores than of candidates is
-    dropped as `unequal_lengths`. Raises ConfigError for a calibration that is not there.
+    A score that is NaN is none, and in a composition neither is an infinite one; an aspect without one behind a closed
+    gate takes no reward away. Reads candidates, scores, and for spans spans. Adds rewards; drops scores, status, spans.
+    A row with another number of scores than of candidates is dropped as `unequal_lengths`. Raises ConfigError for a
+    calibration that is not there.
     """
     if config.composition is not None:
         config = config.model_copy(update={"composition": with_constants(config.composition)})

@@ -26,7 +26,8 @@ LEAST_CHANCE = 2.0**-53
 class ServiceScoring(Config):
     """The reward of each candidate, by a model of a running rayrm service; the same numbers as in process.
 
-    A BLEURT model of the service compares each candidate with the row's reference, as the scorer `bleurt` does. The key comes from the environment variable RAYRM_API_KEY.
+    A BLEURT model of the service compares each candidate with the row's reference, as the scorer `bleurt` does. The key
+    comes from the environment variable RAYRM_API_KEY.
     """
 
     type: Literal["service"] = "service"

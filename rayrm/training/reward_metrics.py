@@ -39,11 +39,12 @@ def measure_pairs(pairs: MeasuredPairs) -> dict[str, float]:
     """Metrics of all pairs as `eval_accuracy`, of a language as `eval_accuracy/en-de`, of a subset as `…/subset/chat`.
 
     `accuracy` counts a tie as a miss, `accuracy_half_ties` as half a hit, and `ties` is the number of pairs whose sides
-    have the same reward; `margin` is the mean gap between the sides; `brier` is the mean of (1 − σ(gap))²; `ece` is the expected calibration error of σ(|gap|) in ten equal bins from
-    0.5 to 1 (arXiv 1706.04599), where a tie is half a hit; rewards have means and standard deviations;
-    `length_correlation` is Pearson's r of gap and extra length, `length_correlation_spearman` that of their ranks; the
-    last two are the accuracies of the pairs whose chosen side is the longer and the shorter one. What is not defined
-    (no such pair, no spread) is left out. `eval_accuracy_worst_language` is the lowest accuracy of a language.
+    have the same reward; `margin` is the mean gap between the sides; `brier` is the mean of (1 − σ(gap))²; `ece` is the
+    expected calibration error of σ(|gap|) in ten equal bins from 0.5 to 1 (arXiv 1706.04599), where a tie is half a hit;
+    rewards have means and standard deviations; `length_correlation` is Pearson's r of gap and extra length,
+    `length_correlation_spearman` that of their ranks; the last two are the accuracies of the pairs whose chosen side is
+    the longer and the shorter one. What is not defined (no such pair, no spread) is left out.
+    `eval_accuracy_worst_language` is the lowest accuracy of a language.
     """
     found: dict[str, float] = {}
     for mask, suffix in by_slice(pairs.languages, pairs.subsets):

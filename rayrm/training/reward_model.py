@@ -103,9 +103,9 @@ def train_reward_model(config: RewardModelJob) -> dict[str, Any]:
     """Train into `<output>/model`, verify it in a process of its own, mark it complete, and return the mark.
 
     The mark holds the objective, the rendering, the readout, the counts, the metrics, and up to 16 probe rows with what
-    the model gave them. Raises SchemaError when the input has no rows for the objective or nothing of it is left, ConfigError when the
-    tracker is not installed or the template is none, ResourceError when the cluster can never hold the workers, and
-    CheckpointError when there is no model or no template, or training or saving fails.
+    the model gave them. Raises SchemaError when the input has no rows for the objective or nothing of it is left,
+    ConfigError when the tracker is not installed or the template is none, ResourceError when the cluster can never hold
+    the workers, and CheckpointError when there is no model or no template, or training or saving fails.
     """
     what = f"Training into '{config.output}'"
     if not files.exists(files.join(config.output, MARK)):

@@ -71,7 +71,8 @@ class TrainingJob(Config):
     input: str = Field(json_schema_extra=INPUT)  # type: ignore[arg-type]
     """Rows to train on."""
     output: str = Field(json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
-    """Folder for `model/` with its `rayrm.json`, `state/`, `logs/`, `metrics.jsonl` and `loss.png`."""
+    """Folder for `model/` with its `rayrm.json`, `state/`, `logs/`, `metrics.jsonl` and `loss.png`; with rewards also
+    `samples/` and `report.html`."""
     workers: TrainingWorkers = Field(TrainingWorkers(), json_schema_extra=NOT_IDENTITY)  # type: ignore[arg-type]
     """The processes that train together."""
     parallelism: Parallelism = Parallelism()

@@ -38,7 +38,8 @@ class LengthRule(Config):
 class PolicyGradient(Training):
     """Draw completions from the policy, reward them, and make the better ones likelier; step by step.
 
-    A step draws `sampling.num_candidates` completions for each of `global_batch_size` prompts.
+    A step draws `sampling.num_candidates` completions for each of `global_batch_size` prompts, and learns from them in
+    passes of `micro_batch_size` completions.
     """
 
     scorers: list[Scoring] = Field(min_length=1)
@@ -52,7 +53,7 @@ class PolicyGradient(Training):
     """What draws them, and where."""
     overlap: bool = False
     """Draw and score the next step's completions while this one is learned from: they come from the weights of one
-    update before, and the importance ratio is taken against those. Needs memory for one more copy of the weights."""
+    step before, and the importance ratio is taken against those. Needs memory for one more copy of the weights."""
     kl: KLConfig = KLConfig()
     """What keeps the policy near the model that it started from."""
     shared_prefix: bool = False
@@ -69,7 +70,8 @@ class PolicyGradient(Training):
     entropy_coefficient: float = Field(0.0, ge=0)
     """Weight of the mean entropy, which is made larger."""
     reduction: Reduction = "token_mean"
-    """How the losses of tokens make that of a batch."""
+    """How the losses of tokens make that of a batch: token_mean takes all tokens alike; sequence_mean the mean over a
+    completion's tokens, then over completions; sequence_sum the sum over a completion's tokens, then the mean."""
     max_update_kl: float | None = Field(None, gt=0)
     """Mean nats a token between the policy that drew and the one that learns (k3) at which a step's updates end early;
     null for never."""
@@ -149,7 +151,7 @@ class PPO(PolicyGradient):
     """How far a value may move from that of the beginning of the step before its gradient ends, in units of the reward;
     null for any distance."""
     value_coefficient: float = Field(0.1, gt=0)
-    """Weight of the loss of values; what the layers below the value head are moved by it."""
+    """Weight of the loss of values: how strongly it moves the layers below the value head, which has `value_lr`."""
     value_lr: float = Field(1e-3, gt=0)
     """Learning rate of the value head, the same in all steps: it is new, and follows rewards of any size, so `lr` would
     be far too low for it."""
