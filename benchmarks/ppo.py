@@ -219,6 +219,8 @@ def run_steps(config: PPOBenchmark, folder: str, pool: Callable[..., Any], **tra
         }
         job = build_config(RewardedJob, values, "the benchmark")
         trainer = loop.RewardedTrainer(job, None, job.training.micro_batch_size)
+        # States are Ray Train's, outside of which this process is.
+        vars(trainer)["save"] = lambda: None
         try:
             trainer.train(show_progress=False)
         finally:
