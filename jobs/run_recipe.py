@@ -114,10 +114,15 @@ def load_step(name: str, step: Step, recipe: RunRecipe) -> LoadedStep:
         raise ConfigError(f"Step '{name}' asks for job '{step.job}', and there is no jobs/{step.job}.py.")
     module = importlib.import_module(f"jobs.{step.job}")
     values = expand(merge(step.config, recipe.set.get(name, {})), recipe.run, name)
-    config_class = getattr(module, "".join(part.capitalize() for part in step.job.split("_")))
-    config = build_config(config_class, values, where=f"step '{name}' of the recipe")
+    config = build_config(config_class(module, step.job), values, where=f"step '{name}' of the recipe")
     words = [f"{field}={yaml.safe_dump(value, default_flow_style=True)}" for field, value in values.items()]
     return LoadedStep(name, module, config, words)
+
+
+def config_class(module: Any, job: str) -> type[Config]:
+    """The config of a job: the class of its module with the job's name."""
+    found: type[Config] = getattr(module, "".join(part.capitalize() for part in job.split("_")))
+    return found
 
 
 def merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

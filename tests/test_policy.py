@@ -270,7 +270,6 @@ def test_generation_ends_with_the_turn(data, behind, names):
 
 
 def test_rows_that_cannot_be_learned_are_counted(data, tmp_path):
-    from rayrm.models.rendering import Renderer
     from rayrm.training.examples import read_examples
 
     rng = random.Random(1)

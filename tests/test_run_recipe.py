@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs.run_recipe import RunRecipe, expand, load_steps, main, merge
+from jobs.run_recipe import RunRecipe, config_class, expand, load_steps, main, merge
 from rayrm import files
 from rayrm.config import Config, load_config, parse_args
 from rayrm.errors import ConfigError, EvaluationError
@@ -116,8 +116,8 @@ def test_a_failing_step_is_named_and_ends_the_recipe(tmp_path, calls, capsys):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_example_beside_a_job_is_a_config_of_it(path):
-    module = importlib.import_module(f"jobs.{path.stem}")
-    load_config(getattr(module, "".join(part.capitalize() for part in path.stem.split("_"))), path)
+    job = config_class(importlib.import_module(f"jobs.{path.stem}"), path.stem)
+    assert isinstance(load_config(job, path), job)
 
 
 RECIPES = [ROOT / "jobs/run_recipe.yaml", *sorted((ROOT / "jobs/recipes").glob("*.yaml"))]

@@ -55,7 +55,7 @@ class TransformersEngine:
         if self.max_model_len > positions:
             raise ConfigError(f"max_model_len is {self.max_model_len}, and '{model}' holds {positions}; lower it.")
         self.tokenizer = load_tokenizer(model, config.trust_remote_code)
-        self.ends = _end_ids(self.network, self.tokenizer)
+        self.ends = named_ends(self.network, self.tokenizer)
         """Tokens that end a completion."""
         self._batch_bytes = _batch_bytes(config, self.device)
 
@@ -158,7 +158,7 @@ def _load(path: str, config: EngineConfig, device: str) -> Any:
     return network.to(device).eval()
 
 
-def _end_ids(network: Any, tokenizer: Any) -> list[int]:
+def named_ends(network: Any, tokenizer: Any) -> list[int]:
     """Tokens that end a completion, as vLLM takes them: the tokenizer's, and those of the generation config."""
     ends = network.generation_config.eos_token_id
     found = [ends] if isinstance(ends, int) else list(ends or [])

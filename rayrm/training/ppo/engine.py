@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from rayrm.errors import SchemaError
 from rayrm.models.completing import check_first_token
 from rayrm.models.folders import load_tokenizer, local_model
+from rayrm.models.generating import named_ends
 from rayrm.models.packing import make_packable
 from rayrm.models.rendering import Renderer
 from rayrm.models.vllm import max_positions
@@ -191,9 +192,8 @@ def export_learned(policy: Any, training: RewardedTraining, renderer: Renderer, 
     model = load_network(training, dtype)
     model.load_state_dict(state, strict=True)
     # What the policy learned to end with.
-    named = model.generation_config.eos_token_id
-    ends = [named] if isinstance(named, int) else named or []
-    model.generation_config.eos_token_id = list(dict.fromkeys([*ends, *end_ids(renderer)]))
+    ends = {*named_ends(model, renderer.tokenizer), *end_ids(renderer)}
+    model.generation_config.eos_token_id = sorted(ends)
     model.generation_config.pad_token_id = renderer.tokenizer.pad_token_id
 
     def write(folder: Path) -> None:

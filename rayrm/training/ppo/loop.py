@@ -113,9 +113,8 @@ class RewardedTrainer:
         self.push()
         if not self.step:
             tracker.log(self.evaluate(), 0)
-        # Actors start with the first draw, whose time says nothing of a step's; where a step was drawn before, with the
-        # next one.
-        untimed = 1 if self.collected is None else 2
+        # Actors start with the first draw of this process, whose time says nothing of a step's.
+        untimed = self.step + (1 if self.collected is None else 2)
         if self.collected is None:
             self.receive(self.begin(self.step))
         while self.step < self.num_steps:
@@ -126,9 +125,7 @@ class RewardedTrainer:
             if overlaps:
                 self.receive(ahead)
             seconds["push"] = self.push()
-            if untimed:
-                untimed -= 1
-            else:
+            if self.step > untimed:
                 record |= {f"seconds/{name}": taken for name, taken in seconds.items()}
                 record["step_s"] = sum(seconds[name] for name in STEP_PARTS)
             self.since.append(record)
